@@ -1,0 +1,272 @@
+"""Every setting of the product, written once.
+
+What enters: defaults (here), a YAML file, flags, dotted overrides (settings.py). What leaves:
+frozen dataclasses whose values have been checked. The field is the YAML key, the flag
+(`--compose.min-similarity`), the Tune key and the MLflow parameter (`compose.min_similarity`); the
+command line is generated from these classes by tyro (cli.py), and its help text is the docstring
+under each field.
+
+A setting that is None means "what suits the chosen model"; `label.presets.resolve` fills it in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from tyro.conf import Positional, arg
+
+from zsplg_ray.settings import Range, Section, complain
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamConfig(Section):
+    """Segments: which SAM proposes them and how densely. Names and meaning are SAM's own."""
+
+    PREFIX: ClassVar[str] = "sam."
+
+    model: Annotated[Literal["vit_h", "vit_l", "vit_b", "shapes"], arg(aliases=["--sam"])] = "vit_h"
+    """SAM's size; `shapes` is the tiny one that comes with this package and knows only shapes."""
+    checkpoint: Annotated[str | None, arg(aliases=["--sam-checkpoint"])] = None
+    """Weights: a path or URI (.pth, .safetensors). None: the official file, downloaded once."""
+    points_per_side: Annotated[int | None, Range(1, 256)] = None
+    """Points along one side of the prompt grid, [1, 256]. None: 32, or what the model wants."""
+    points_per_batch: Annotated[int, Range(1, 65536)] = 64
+    """Points decoded at a time, [1, 65536]; halved by itself when memory runs out."""
+    pred_iou_thresh: Annotated[float | None, Range(0, 1)] = None
+    """Masks whose predicted IoU is lower are dropped, [0, 1]. None: 0.88, or the model's own."""
+    stability_score_thresh: Annotated[float | None, Range(0, 1)] = None
+    """Masks less stable than this are dropped, [0, 1]. None: 0.95, or the model's own."""
+    stability_score_offset: Annotated[float | None, Range(0, 100)] = None
+    """Shift of the mask threshold for the stability score, logits in [0, 100]. None: 1.0."""
+    box_nms_thresh: Annotated[float | None, Range(0, 1)] = None
+    """Of two masks whose boxes overlap more (IoU in [0, 1]) the better stays. None: 0.7."""
+    crop_n_layers: Annotated[int, Range(0, 4)] = 0
+    """Further passes over smaller crops of the image, layers in [0, 4]."""
+    min_mask_region_area: Annotated[int, Range(0)] = 0
+    """Holes and islands smaller than this many pixels are removed, >= 0."""
+    random_weights: bool = False
+    """For tests: random weights (seed 0) instead of a checkpoint; the masks mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig(Section):
+    """Names: which CLIP embeds segments and class names, and how a segment is embedded."""
+
+    PREFIX: ClassVar[str] = "clip."
+
+    model: Annotated[str, arg(aliases=["--clip"])] = "ViT-B-16/laion2b_s34b_b88k"
+    """MODEL/PRETRAINED of open_clip (PRETRAINED: a tag or a file), `hf-hub:ORG/NAME`,
+    `local-dir:PATH`, or `shapes`, the tiny one that comes with this package."""
+    embedder: Literal["gem", "crop"] = "gem"
+    """gem: dense GEM features averaged over the mask (the paper's); crop: the segment's box."""
+    gem_depth: Annotated[int | None, Range(1, 64)] = None
+    """Last transformer blocks that GEM replaces, [1, 64]. None: 7, or what the model wants."""
+    dense_px: Annotated[int | None, Range(32, 4096)] = None
+    """Side of the image for dense features, pixels in [32, 4096]. None: 448, or the model's own."""
+    crop_batch: Annotated[int, Range(1, 4096)] = 32
+    """Crops embedded at a time, [1, 4096]; halved by itself when memory runs out."""
+    random_weights: bool = False
+    """For tests: random weights (seed 0); PRETRAINED is not read and the names mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig(Section):
+    """Text that stands for a class. May be changed by `relabel` without running SAM again."""
+
+    PREFIX: ClassVar[str] = "prompts."
+
+    templates: tuple[str, ...] | None = None
+    """Sentences with {class} in them, averaged. None: `a photo of a {class}`, or the model's."""
+    background: tuple[str, ...] | None = None
+    """Prompts for what is no class at all; a segment nearest to one of these is background.
+    None: none, or the model's own."""
+
+    def extra_checks(self) -> None:
+        """Every template has a place for the class."""
+        for template in self.templates or ():
+            if "{class}" not in template:
+                raise ValueError(
+                    complain(
+                        "prompts.templates",
+                        "sentences that contain {class}",
+                        template,
+                        "write for example 'a photo of a {class}'",
+                    )
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposeConfig(Section):
+    """From similarities and masks to a label map. All of it can be changed by `relabel`."""
+
+    PREFIX: ClassVar[str] = "compose."
+
+    score: Literal["cosine", "softmax"] = "cosine"
+    """A segment's score: cosine similarity to its best class, or softmax over the classes."""
+    temperature: Annotated[float, Range(1e-6, 1e3)] = 0.01
+    """Divides the cosine similarities before the softmax, [1e-06, 1000]; CLIP's own is 0.01."""
+    min_similarity: Annotated[float | dict[str, float] | None, Range(-1, 1)] = None
+    """Lowest score that names a segment, in [-1, 1] on the scale of `compose.score`; one number
+    or one per class (`cat 0.3 '*' 0.2`). None: 0.2 (cosine), 0.5 (softmax), or the model's own."""
+    min_margin: Annotated[float, Range(0, 2)] = 0.0
+    """Lowest lead of the best score over the second best, [0, 2]."""
+    min_area_px: Annotated[int, Range(0)] = 0
+    """Segments of fewer pixels are not used, >= 0."""
+    min_predicted_iou: Annotated[float, Range(0, 1)] = 0.0
+    """Segments whose quality SAM predicts lower are not used, [0, 1]."""
+    min_stability: Annotated[float, Range(0, 1)] = 0.0
+    """Segments less stable than this are not used, [0, 1]."""
+    order: Literal["score", "area"] = "score"
+    """Who wins a pixel where segments overlap: the higher score, or the smaller area."""
+    unsure: Literal["background", "ignore"] = "background"
+    """What a pixel becomes that no accepted segment covers: background (the paper), or 255."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorsConfig(Section):
+    """How the work is spread. An actor is one process that holds SAM and CLIP."""
+
+    PREFIX: ClassVar[str] = "actors."
+
+    min: Annotated[int, Range(1, 100_000)] = 1
+    """Actors that are always up, [1, 100000]."""
+    max: Annotated[int | None, Range(1, 100_000)] = None
+    """Most actors, [1, 100000]. None: one for each GPU that the cluster has now, at least min."""
+    gpus: Annotated[float | None, Range(0, 64)] = None
+    """GPUs an actor takes, [0, 64]; 0.5 puts two on one. None: 1 where there are GPUs, else 0."""
+    cpus: Annotated[float | None, Range(0, 1024)] = None
+    """CPUs an actor takes, [0, 1024]. None: 0 with a GPU; without one, all but one, shared."""
+    decode_cpus: Annotated[float, Range(0.01, 64)] = 1.0
+    """CPUs that one image-reading task takes, [0.01, 64]."""
+    in_flight: Annotated[int, Range(1, 64)] = 16
+    """Images an actor takes and writes at a time, [1, 64]: what a crash makes it do again."""
+    flush_s: Annotated[float, Range(0)] = 60.0
+    """Seconds after which finished images are written even if fewer, >= 0."""
+
+    def extra_checks(self) -> None:
+        """At least as many actors may run as must run."""
+        if self.max is not None and self.max < self.min:
+            raise ValueError(
+                complain(
+                    "actors.max",
+                    f">= actors.min ({self.min})",
+                    self.max,
+                    "raise it or lower min",
+                )
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig(Section):
+    """The Ray cluster."""
+
+    PREFIX: ClassVar[str] = "ray."
+
+    address: str | None = None
+    """Cluster to use, such as `auto`. None: RAY_ADDRESS if it is set, else Ray starts here."""
+    num_cpus: Annotated[int | None, Range(1, 4096)] = None
+    """CPUs that a Ray started here offers, [1, 4096]. None: those of this machine."""
+    object_store_gib: Annotated[float | None, Range(0.08, 4096)] = None
+    """Shared memory of a Ray started here, GiB in [0.08, 4096]. None: Ray's choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(Section):
+    """Images and class names in, segments and zero-shot pseudo labels out. The same command again
+    does only what is missing."""
+
+    images: str
+    """SRC: folder, glob, VOC root, split file, COCO json, Parquet, or s3:// gs:// of these."""
+    classes: str
+    """SPEC: voc, coco, cityscapes, ade20k, shapes, a text file (`name: alias, alias` a line), or
+    `cat,dog`. Background is always class 0."""
+    out: str
+    """The run's folder (made if missing), a path or URI."""
+    root: str | None = None
+    """Folder that the paths of a split file or COCO json start from."""
+    max_pixels: Annotated[int, Range(1)] = 200_000_000
+    """Images of more pixels go to errors/, >= 1: a guard against decompression bombs."""
+    max_errors: Annotated[int | None, Range(0)] = None
+    """The run stops with exit 1 once more images than this have failed, >= 0. None: never."""
+    device: str = "auto"
+    """Device of an actor: auto (a GPU if it has one), cpu, cuda."""
+    quiet: bool = False
+    """No progress on stderr."""
+    sam: SamConfig = field(default_factory=SamConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelConfig(Section):
+    """Segments of a finished or running `label` in, new labels out; no SAM and no GPU. Settings
+    that are not given stay as the labels were made."""
+
+    run: str
+    """The run's folder, as given to `label --out`."""
+    classes: str | None = None
+    """New class names (SPEC). None: those that the labels were made with."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    compose: ComposeConfig = field(default_factory=ComposeConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    quiet: bool = False
+    """No progress on stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Section):
+    """Labels against ground truth: IoU by class, mIoU, pixel accuracy, coverage, confusion."""
+
+    labels: Positional[str]
+    """A run's folder, a Parquet folder of labels, or a folder of PNG masks."""
+    truth: str
+    """Masks: a folder of PNGs, VOC root, split file, COCO json."""
+    root: str | None = None
+    """Folder that the paths of a split file or COCO json start from."""
+    classes: str | None = None
+    """Class names (SPEC). None: those that the labels carry, else those of the truth."""
+    json: bool = False
+    """One JSON object on stdout instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapesConfig(Section):
+    """Scenes of the embedded world in VOC layout: JPEGImages/, SegmentationClass/."""
+
+    out: str
+    """Folder to write to; must be empty or new."""
+    n: Annotated[int, Range(1, 1_000_000)] = 100
+    """Scenes, [1, 1e+06]."""
+    seed: Annotated[int, Range(0, 999_000_000)] = 0
+    """Seed of the first scene, [0, 9.99e+08]; the next ones follow. All are held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Section):
+    """The whole pipeline on scenes of the embedded world: make scenes, label, evaluate, show."""
+
+    out: str = "zsplg_demo"
+    """Folder to write to. The same command again does only what is missing."""
+    n: Annotated[int, Range(1, 10_000)] = 100
+    """Scenes, [1, 10000]."""
+    embedder: Literal["gem", "crop", "both"] = "both"
+    """Which way of naming segments to show."""
+    ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Section):
+    """What this machine can do, and what to mend: a line each for packages, GPUs, weights, Ray,
+    storage. Exit 1 if something that `label` needs is missing."""
+
+    sam: SamConfig = field(default_factory=SamConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    out: str = "."
+    """Folder or URI whose storage is tried."""
+    json: bool = False
+    """One JSON object on stdout instead of lines."""
