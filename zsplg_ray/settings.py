@@ -24,6 +24,10 @@ from tyro.conf import Positional
 S = TypeVar("S", bound="Section")
 
 
+class WorkError(RuntimeError):
+    """The input was good but the work failed; the command line exits with 1 and this message."""
+
+
 def complain(name: str, rule: str, value: object, fix: str) -> str:
     """The project's one form of an error: `NAME must be RULE, got VALUE; FIX`, on one line."""
     shown = value if isinstance(value, str) else repr(value)

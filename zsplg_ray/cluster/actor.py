@@ -1,0 +1,133 @@
+"""The actor that labels: decoded images in, parts of the run's folder and counts out.
+
+The actor itself writes the parts: a part is on disk before Ray hears of it, so a crash costs at
+most the images that were with an actor (`actors.in_flight` of them). What stands in valid parts is
+not done again; what stands there twice after a crash is mended (rundir.repair).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from zsplg_ray.cluster.ledger import MAX_KILLS
+from zsplg_ray.cluster.parts import PartWriter
+from zsplg_ray.cluster.session import Plan
+from zsplg_ray.config import LabelConfig
+from zsplg_ray.label.labeler import Labeler, Naming
+from zsplg_ray.rundir import RunFolder
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[LabelConfig, Naming, str], Labeler]
+"""What an actor loads: (resolved config, naming, device) -> something that labels."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything an actor needs, in one picklable piece. `config` is resolved."""
+
+    config: LabelConfig
+    naming: Naming
+    folder: RunFolder
+    meta: dict[str, Any]
+    load: Load
+
+
+class LabelActor:
+    """One process with SAM and CLIP: decoded images in, written parts and counts out."""
+
+    def __init__(self, job: Job, plan: Plan, ledger: ray.actor.ActorHandle) -> None:
+        self.job, self.ledger = job, ledger
+        device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
+        if device == "cpu":
+            torch.set_num_threads(plan.threads)
+        self.labeler = retrying(lambda: job.load(job.config, job.naming, device))
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Label a block of `decode.DECODED` rows; returns one row of counts."""
+        began = time.monotonic()
+        naming = self.job.naming
+        writer = PartWriter(
+            self.job.folder, self.job.meta, naming.bank.embedding_AD.shape[1], len(naming.classes)
+        )
+        labelled = failed = 0
+        for image, deaths in self._pending(block):
+            if deaths and writer.ids:
+                self._commit(writer)  # the others are safe before a suspect is tried again
+            labelled_before = len(writer.segments)
+            self._label(block, image, deaths, writer)
+            labelled += len(writer.segments) - labelled_before
+            failed += len(writer.segments) == labelled_before
+            if time.monotonic() - writer.since >= self.job.config.actors.flush_s:
+                self._commit(writer)
+        if writer.ids:
+            self._commit(writer)
+        seconds = time.monotonic() - began
+        return pa.table({"labelled": [labelled], "failed": [failed], "seconds": [seconds]})
+
+    def _pending(self, block: pa.Table) -> Iterator[tuple[dict[str, Any], int]]:
+        """Rows (without pixels) that are not written yet, suspects last, with their deaths."""
+        rows = block.drop_columns(["rgb"]).to_pylist()
+        ids = [row["image_id"] for row in rows]
+        deaths = ray.get(self.ledger.open.remote("label", ids))
+        todo = [{**row, "index": i} for i, row in enumerate(rows) if row["image_id"] in deaths]
+        for row in sorted(todo, key=lambda row: deaths[row["image_id"]]):
+            yield row, deaths[row["image_id"]]
+
+    def _label(self, block: pa.Table, image: dict[str, Any], deaths: int, to: PartWriter) -> None:
+        if image["error"] is not None:
+            to.fail(image, image["stage"], image["error"])
+            return
+        if deaths >= MAX_KILLS:
+            error = f"killed its process {deaths} times; see whether memory or a library fails"
+            to.fail(image, "label", error)
+            return
+        ray.get(self.ledger.begin.remote("label", image["image_id"]))
+        try:
+            to.add(image, *self.labeler.label(pixels(block, image)))
+        except Exception as e:  # one bad image never stops the rest
+            to.fail(image, "label", f"{type(e).__name__}: {e}", traceback.format_exc())
+        self.ledger.finish.remote("label", [image["image_id"]])
+
+    def _commit(self, writer: PartWriter) -> None:
+        ids = writer.ids
+        # An actor that outlived its driver fails here, before it writes beside the driver's heir.
+        ray.get(self.ledger.finish.remote("label", ids))
+        writer.write()
+        ray.get(self.ledger.commit.remote(ids))
+
+
+def pixels(block: pa.Table, image: dict[str, Any]) -> np.ndarray:
+    """The uint8 RGB pixels [H, W, 3] of one row of a decoded block."""
+    flat = np.frombuffer(block["rgb"][image["index"]].as_buffer(), np.uint8)
+    return flat.reshape(image["height"], image["width"], 3).copy()
+
+
+def pick_device(asked: str, has_gpu: bool) -> str:
+    """auto -> cuda where this process was given a GPU that works, else cpu."""
+    if asked != "auto":
+        return asked
+    return "cuda" if has_gpu and torch.cuda.is_available() else "cpu"
+
+
+def retrying(make: Callable[[], Labeler], times: int = 3) -> Labeler:
+    """Loading may fail for a moment (a busy disk, a download); Ray would give up at once."""
+    for left in reversed(range(times)):
+        try:
+            return make()
+        except Exception:
+            if left == 0:
+                raise
+            log.warning("loading the models failed, trying again", exc_info=True)
+            time.sleep(1)
+    raise AssertionError("unreachable")

@@ -1,0 +1,83 @@
+"""Reading images, apart from the actors that hold the models.
+
+What enters: blocks of the manifest (image_id, uri). What leaves: the same rows with RGB pixels, or
+with the reason why there are none. Runs in plain Ray tasks on CPUs anywhere in the cluster. A bad
+image is a row like any other here: nothing is raised for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from zsplg_ray.cluster.ledger import MAX_KILLS
+from zsplg_ray.images import ImageError, decode_image
+from zsplg_ray.sources import read_bytes
+
+DECODED = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image_sha256", pa.string()),
+        ("rgb", pa.large_binary()),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+"""One row an image: uint8 RGB pixels in `rgb`, or stage and error with `rgb` null."""
+
+
+def decode_block(
+    block: pa.Table, *, max_px: int, ledger: ray.actor.ActorHandle
+) -> Iterator[pa.Table]:
+    """Decode the images of one manifest block, one table of `DECODED` an image."""
+    rows = block.to_pylist()
+    deaths = ray.get(ledger.open.remote("decode", [row["image_id"] for row in rows]))
+    for row in rows:
+        image_id = row["image_id"]
+        if deaths.get(image_id, 0) >= MAX_KILLS:
+            error = f"killed its process {deaths[image_id]} times while it was read"
+            yield _table(row, stage="decode", error=error)
+            continue
+        ray.get(ledger.begin.remote("decode", image_id))
+        yield _decoded(row, max_px)
+        ledger.finish.remote("decode", [image_id])
+
+
+def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:
+    try:
+        data = read_bytes(row["uri"])
+    except Exception as e:  # every file system has errors of its own
+        return _table(row, stage="read", error=f"{type(e).__name__}: {e}")
+    try:
+        image_HWC = decode_image(data, max_px=max_px)
+    except ImageError as e:
+        return _table(row, stage="decode", error=str(e))
+    except Exception as e:
+        return _table(row, stage="decode", error=f"{type(e).__name__}: {e}")
+    height, width = image_HWC.shape[:2]
+    return _table(
+        row,
+        width=width,
+        height=height,
+        image_sha256=hashlib.sha256(data).hexdigest(),
+        rgb=pa.py_buffer(image_HWC),
+    )
+
+
+def _table(row: dict[str, Any], **values: Any) -> pa.Table:
+    rgb = values.pop("rgb", None)
+    columns = {**{"image_id": row["image_id"], "uri": row["uri"]}, **values}
+    table = {f.name: pa.array([columns.get(f.name)], f.type) for f in DECODED if f.name != "rgb"}
+    if rgb is None:
+        table["rgb"] = pa.nulls(1, pa.large_binary())
+    else:  # no copy of what may be hundreds of MiB
+        ends = pa.py_buffer(pa.array([0, rgb.size], pa.int64()).buffers()[1])
+        table["rgb"] = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, ends, rgb])
+    return pa.table([table[f.name] for f in DECODED], schema=DECODED)

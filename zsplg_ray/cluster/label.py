@@ -1,0 +1,190 @@
+"""`zsplg label` on Ray: images -> segments/, labels/, errors/, each image exactly once.
+
+What enters: a `LabelConfig`. What leaves: a run's folder (see rundir) and a summary.
+
+    manifest blocks -> decode_block (CPU tasks) -> LabelActor (SAM + CLIP) -> parts
+                                                      `-> counts -> driver
+
+What stands in valid parts is not done again, so the same command goes on after a crash, picks up
+images added since, and tries failed ones again. No line here differs between laptop and cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from filelock import FileLock, Timeout
+
+from zsplg_ray.cluster.actor import Job, LabelActor, Load
+from zsplg_ray.cluster.decode import decode_block
+from zsplg_ray.cluster.ledger import start_ledger
+from zsplg_ray.cluster.parts import relabel_table
+from zsplg_ray.cluster.progress import Progress
+from zsplg_ray.cluster.session import Plan, plan_actors, ray_session
+from zsplg_ray.config import LabelConfig
+from zsplg_ray.label.clip import ClipEncoder
+from zsplg_ray.label.labeler import Labeler, Naming
+from zsplg_ray.label.presets import resolve_label
+from zsplg_ray.label.weights import load_clip, sam_checkpoint, sha256_file, state_sha256
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.runinfo import describe_run, part_meta, refuse_other_run
+from zsplg_ray.settings import WorkError, complain
+from zsplg_ray.sources import list_images
+from zsplg_ray.vocab import ClassList, class_list
+
+log = logging.getLogger(__name__)
+
+
+def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
+    """Label every image of the source that is not labelled yet.
+
+    Args:
+        config: As the user gave it.
+        load: What each actor loads; the default is SAM and CLIP as `config` names them.
+
+    Returns:
+        The content of run.json.
+
+    Raises:
+        ValueError: Bad input; nothing has been written.
+        WorkError: The work failed; what is finished is kept.
+    """
+    folder = RunFolder(config.out)
+    classes = class_list(config.classes)
+    manifest = list_images(config.images, root=config.root)
+    resolved = resolve_label(config)
+    naming, weights = prepare(resolved, classes)
+    run = describe_run(config, resolved, classes, weights)
+    refuse_other_run(folder, run)
+    with only_run(folder):
+        known = set(manifest["image_id"].to_pylist())
+        found = folder.repair(retry=known.__contains__)
+        for name in found.unlabelled:
+            labels = relabel_table(folder.read_part("segments", name), naming)
+            folder.write_part("labels", name, labels, part_meta(run))
+        todo = folder.anti_join(manifest, found.done)
+        progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
+        job = Job(resolved, naming, folder, part_meta(run), load)
+        _work(job, todo, run, progress)
+    return run
+
+
+def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str, str]]:
+    """Class texts, and SHA-256 of the weights: what the driver needs of SAM and CLIP.
+
+    Raises: ValueError if weights cannot be had or a setting does not fit them.
+    """
+    checkpoint = sam_checkpoint(resolved.sam)
+    model, tokenizer = load_clip(resolved.clip)
+    encoder = ClipEncoder(model, tokenizer, resolved.clip)
+    bank = encoder.encode_classes(classes, resolved.prompts)
+    naming = Naming(classes, bank, resolved.compose)
+    naming.check()
+    sam = sha256_file(checkpoint) if checkpoint else "random"
+    return naming, {"sam": sam, "clip": state_sha256(model)}
+
+
+@contextlib.contextmanager
+def only_run(folder: RunFolder) -> Iterator[None]:
+    """One run at a time on one local folder; the lock goes with the process that holds it."""
+    if not folder.local:
+        yield
+        return
+    path = Path(folder.path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as e:
+        fix = "wait for the other one, or stop it"
+        raise ValueError(complain("out", "used by one run at a time", folder.uri, fix)) from e
+    finally:
+        if not (path / "run.json").exists():
+            (path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()  # bad input leaves nothing behind
+
+
+def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> None:
+    """Label `todo` and keep run.json true, however this ends."""
+    began = time.monotonic()
+    state = "failed"
+    try:
+        if len(todo):
+            with ray_session(job.config.ray):
+                local = not (job.config.ray.address or ray.util.client.ray.is_connected())
+                plan = plan_actors(job.config.actors, ray.cluster_resources(), growing=not local)
+                job.folder.write_run(run)
+                label_blocks(job, todo, plan, progress)
+        state = "complete"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        progress.close()
+        if len(todo) == 0 or job.folder.read_run() is not None:
+            after = job.folder.repair()
+            run["state"] = state
+            run["counts"] = {
+                "images": progress.total,
+                "labelled": len(after.done),
+                "quarantined": len(after.failed),
+                "skipped_as_done": progress.skipped,
+                "labelled_now": progress.labelled,
+            }
+            run["seconds"] = round(time.monotonic() - began, 3)
+            run["images_per_s"] = round(progress.rate(), 3)
+            job.folder.write_run(run)
+
+
+def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> None:
+    """Run the pipeline over the manifest rows `todo`, counting into `progress`.
+
+    Raises: WorkError once more than `max_errors` images have failed.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    size = job.config.actors.in_flight
+    blocks = [
+        todo.take(pa.array(range(i, min(i + size, len(todo))))) for i in range(0, len(todo), size)
+    ]
+    ledger = start_ledger()
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        decode_block,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        fn_kwargs={"max_px": job.config.max_pixels, "ledger": ledger},
+        num_cpus=plan.decode_cpus,
+    )
+    dataset = dataset.map_batches(
+        LabelActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        fn_constructor_args=(job, plan, ledger),
+        compute=ray.data.ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus,
+    )
+    try:
+        for counts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            progress.add(sum(counts["labelled"].to_pylist()), sum(counts["failed"].to_pylist()))
+            limit = job.config.max_errors
+            if limit is not None and progress.failed > limit:
+                raise WorkError(
+                    f"max_errors must be >= the images that fail, got {limit}; "
+                    f"{progress.failed} failed so far, see {job.folder.uri}/errors"
+                )
+    except ray.exceptions.RayError as e:
+        raise WorkError(f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}") from e
+    finally:
+        ray.kill(ledger)

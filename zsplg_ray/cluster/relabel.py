@@ -1,0 +1,107 @@
+"""`zsplg relabel`: segments/ -> labels/ with other thresholds, class names or templates. No SAM.
+
+What enters: a finished (or still incomplete) run's folder and new settings. What leaves: the same
+folder, each labels part replaced in one go by one composed anew. A part that already carries the
+new fingerprint is left alone, so an interrupted relabel goes on where it stopped; until then
+run.json says `labels_state: relabelling`, and readers of labels refuse the mixture.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+
+from zsplg_ray.cluster.label import only_run
+from zsplg_ray.cluster.parts import relabel_table
+from zsplg_ray.cluster.progress import Progress
+from zsplg_ray.cluster.session import ray_session
+from zsplg_ray.config import ClipConfig, RelabelConfig
+from zsplg_ray.label.clip import ClipEncoder
+from zsplg_ray.label.labeler import Naming
+from zsplg_ray.label.presets import resolve_text
+from zsplg_ray.label.weights import load_clip, state_sha256
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.runinfo import part_meta, relabelled
+from zsplg_ray.settings import WorkError, complain, from_mapping
+from zsplg_ray.vocab import ClassList, class_list
+
+log = logging.getLogger(__name__)
+
+
+def relabel(config: RelabelConfig) -> dict[str, Any]:
+    """Compose the labels of a run anew.
+
+    Args:
+        config: Every prompts and compose setting as it is to be. To start from those that the
+            labels were made with, as the command line does:
+            `from_mapping(RelabelConfig, {"run": run, **RunFolder(run).label_settings(), ...})`.
+
+    Returns:
+        The new content of run.json.
+
+    Raises:
+        ValueError: Bad input; nothing has been written.
+        WorkError: The work failed; run it again to go on.
+    """
+    folder = RunFolder(config.run)
+    folder.label_settings()  # says so if there is no run
+    run = folder.read_run() or {}
+    classes = class_list(config.classes) if config.classes else ClassList.from_dict(run["classes"])
+    clip = from_mapping(
+        ClipConfig,
+        {k[len("clip.") :]: v for k, v in run["resolved"].items() if k.startswith("clip.")},
+    )
+    resolved = resolve_text(config, clip.model, clip.embedder)
+    model, tokenizer = load_clip(clip)
+    if (sha256 := state_sha256(model)) != run["weights"]["clip"]:
+        fix = "use the CLIP weights that the segments were embedded with, or label again"
+        rule = f"of SHA-256 {run['weights']['clip']}"
+        raise ValueError(complain("weights of clip", rule, sha256, fix))
+    bank = ClipEncoder(model, tokenizer, clip).encode_classes(classes, resolved.prompts)
+    naming = Naming(classes, bank, resolved.compose)
+    naming.check()
+    run = relabelled(run, config, resolved, classes)
+    with only_run(folder):
+        folder.repair()
+        folder.write_run(run)
+        run["relabel_seconds"] = _relabel_parts(folder, naming, run, config)
+        run["labels_state"] = "complete"
+        folder.write_run(run)
+    return run
+
+
+def _relabel_parts(
+    folder: RunFolder, naming: Naming, run: dict[str, Any], config: RelabelConfig
+) -> float:
+    """Replace every labels part that does not carry the new fingerprint; returns seconds."""
+    began = time.monotonic()
+    made_with = folder.map_parts(folder.parts("labels"), lambda n: folder.part_meta("labels", n))
+    new = run["labels_fingerprint"]
+    names = [
+        name
+        for name in folder.parts("segments")
+        if made_with.get(name, {}).get("labels_fingerprint") != new
+    ]
+    meta = part_meta(run)
+    progress = Progress(0, show=not config.quiet)
+
+    def relabel_part(row: dict[str, Any]) -> dict[str, Any]:
+        labels = relabel_table(folder.read_part("segments", row["item"]), naming)
+        folder.write_part("labels", row["item"], labels, meta)
+        return {"images": len(labels)}
+
+    if names:
+        with ray_session(config.ray):
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            try:
+                for row in ray.data.from_items(names).map(relabel_part).iter_rows():
+                    progress.add(row["images"], 0)
+            except ray.exceptions.RayError as e:
+                told = str(e).strip().splitlines()[-1]
+                raise WorkError(f"relabelling stopped ({told}); run it again to go on") from e
+    progress.total = progress.labelled
+    progress.close()
+    return round(time.monotonic() - began, 3)

@@ -1,0 +1,132 @@
+"""Load once, label many: SAM, CLIP and thresholds in one object.
+
+What enters: uint8 RGB images. What leaves: segments (with float16 embeddings, as they are stored)
+and the label map composed from them. Labels are composed from the stored embeddings, so that
+composing again later from Parquet gives the same bytes. No Ray here: an actor holds one of these,
+and so may a notebook.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from zsplg_ray.config import ComposeConfig, LabelConfig
+from zsplg_ray.label.clip import ClipEncoder
+from zsplg_ray.label.compose import Composed, compose, minimum_scores
+from zsplg_ray.label.sam import MaskProposer
+from zsplg_ray.label.segments import Segments
+from zsplg_ray.label.textbank import TextBank
+from zsplg_ray.label.weights import load_clip, load_sam
+from zsplg_ray.vocab import ClassList
+
+log = logging.getLogger(__name__)
+
+
+class Proposer(Protocol):
+    """Whatever finds segments: `MaskProposer`, or a rigged one in a test."""
+
+    def propose(self, image_HWC: np.ndarray, points_per_batch: int | None = None) -> Segments:
+        """Segments of one uint8 RGB image, not embedded yet."""
+        ...
+
+
+class Embedder(Protocol):
+    """Whatever embeds segments: `ClipEncoder`, or a rigged one in a test."""
+
+    def embed(self, image_HWC: np.ndarray, segments: Segments) -> np.ndarray:
+        """float32 [R, D], unit length."""
+        ...
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Everything that turns stored segments into labels: class texts and thresholds. No torch."""
+
+    classes: ClassList
+    bank: TextBank
+    config: ComposeConfig
+
+    def check(self) -> None:
+        """Raise ValueError if a threshold names a class that is not in the list."""
+        minimum_scores(self.config, self.classes)
+
+    def compose(self, segments: Segments) -> Composed:
+        """Label map and score map of one image from its stored (float16) embeddings."""
+        sim_RK = self.bank.similarity(segments.embedding_RD)
+        return compose(segments, sim_RK, self.config, self.classes)
+
+
+class OutOfMemory(RuntimeError):
+    """One image does not fit, at whatever size was tried."""
+
+
+class Labeler:
+    """Segments and names one image at a time, and retries in smaller steps if memory runs out."""
+
+    def __init__(self, proposer: Proposer, embedder: Embedder, naming: Naming) -> None:
+        self.proposer, self.embedder, self.naming = proposer, embedder, naming
+
+    @classmethod
+    def load(cls, config: LabelConfig, naming: Naming, device: str = "cpu") -> Labeler:
+        """SAM and CLIP as a resolved config names them (see presets.resolve_label)."""
+        model, tokenizer = load_clip(config.clip, device)
+        encoder = ClipEncoder(model, tokenizer, config.clip, device)
+        return cls(MaskProposer(load_sam(config.sam, device), config.sam), encoder, naming)
+
+    def label(self, image_HWC: np.ndarray) -> tuple[Segments, Composed]:
+        """Segments with float16 embeddings, and the labels composed from them.
+
+        Args:
+            image_HWC: uint8 RGB.
+
+        Raises:
+            OutOfMemory: If memory runs out even with few points at a time on a quarter of the side.
+        """
+        segments = self.segment(image_HWC)
+        return segments, self.naming.compose(segments)
+
+    def segment(self, image_HWC: np.ndarray) -> Segments:
+        """Segments with float16 embeddings; in smaller steps, then smaller, if memory runs out."""
+        last: BaseException | None = None
+        for points_per_batch, shrink in self._steps():
+            try:
+                return self._segment(image_HWC, points_per_batch, shrink)
+            except (RuntimeError, MemoryError) as e:
+                if not is_out_of_memory(e):
+                    raise
+                last = e.with_traceback(None)  # frames would keep the tensors alive
+                log.warning("out of memory (%s points, 1/%d of the side)", points_per_batch, shrink)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        size = "x".join(map(str, image_HWC.shape[:2]))
+        raise OutOfMemory(f"image of {size} px does not fit in memory: {last}")
+
+    def _steps(self) -> Iterator[tuple[int | None, int]]:
+        yield from ((None, 1), (16, 1), (2, 1), (2, 2), (2, 4))
+
+    def _segment(self, image_HWC: np.ndarray, points: int | None, shrink: int) -> Segments:
+        image = image_HWC if shrink == 1 else _smaller(image_HWC, shrink)
+        segments = self.proposer.propose(image, points)
+        embedding_RD = self.embedder.embed(image, segments).astype(np.float16)
+        return segments.with_embedding(embedding_RD).resized(image_HWC.shape[:2])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch (GPU or CPU) or Python says that memory ran out."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in told for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def _smaller(image_HWC: np.ndarray, shrink: int) -> np.ndarray:
+    height, width = image_HWC.shape[:2]
+    size = (max(1, width // shrink), max(1, height // shrink))
+    return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BILINEAR))

@@ -1,0 +1,70 @@
+"""What suits which model: fills in every setting that was left None.
+
+What enters: a config as the user gave it. What leaves: the same with every None of `sam`, `clip`,
+`prompts` and `compose` replaced, so that run.json tells what was really used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from zsplg_ray.config import LabelConfig, RelabelConfig
+from zsplg_ray.settings import flatten, override
+
+C = TypeVar("C", LabelConfig, RelabelConfig)
+
+SAM_DEFAULTS = {
+    "points_per_side": 32,
+    "pred_iou_thresh": 0.88,
+    "stability_score_thresh": 0.95,
+    "stability_score_offset": 1.0,
+    "box_nms_thresh": 0.7,
+}
+"""Defaults of segment_anything's SamAutomaticMaskGenerator."""
+
+CLIP_DEFAULTS: dict[str, Any] = {
+    "gem_depth": 7,
+    "dense_px": 448,
+    "templates": ("a photo of a {class}",),
+    "background": (),
+    "min_similarity": {"cosine": 0.2, "softmax": 0.5},
+}
+"""GEM's own depth and size for ViT-B-16; the paper's prompt. The paper's threshold is not public:
+0.2 is a starting point for CLIP's cosine similarities, to be tuned on a few labelled images."""
+
+
+def resolve_label(config: LabelConfig) -> LabelConfig:
+    """`config` with every setting that depends on the models filled in."""
+    sam = dict(SAM_DEFAULTS)
+    if config.sam.model == "shapes":
+        from zsplg_ray.shapes.sam import GENERATOR_SETTINGS
+
+        sam |= {k: v for k, v in GENERATOR_SETTINGS.items() if k in SAM_DEFAULTS}
+    clip = clip_defaults(config.clip.model)
+    known = {f"sam.{k}": v for k, v in sam.items()}
+    known |= {f"clip.{k}": clip[k] for k in ("gem_depth", "dense_px")}
+    flat = flatten(config)
+    config = override(config, {k: v for k, v in known.items() if flat[k] is None})
+    return resolve_text(config, config.clip.model, config.clip.embedder)
+
+
+def resolve_text(config: C, clip_model: str, embedder: str) -> C:
+    """`prompts` and `compose` filled in for a CLIP model; all that `relabel` needs."""
+    clip = clip_defaults(clip_model)
+    threshold = clip["min_similarity"][config.compose.score]
+    known = {
+        "prompts.templates": clip["templates"],
+        "prompts.background": clip["background"],
+        "compose.min_similarity": threshold[embedder] if isinstance(threshold, dict) else threshold,
+    }
+    flat = flatten(config)
+    return override(config, {k: v for k, v in known.items() if flat[k] is None})
+
+
+def clip_defaults(model: str) -> dict[str, Any]:
+    """The keys of `CLIP_DEFAULTS` for a model; `shapes` brings its own."""
+    if model != "shapes":
+        return CLIP_DEFAULTS
+    from zsplg_ray.shapes.clip import SETTINGS
+
+    return {**CLIP_DEFAULTS, **{k: v for k, v in SETTINGS.items() if k in CLIP_DEFAULTS}}

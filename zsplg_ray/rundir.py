@@ -1,0 +1,253 @@
+"""A run's folder: Parquet parts, run.json, and what makes labelling exactly-once.
+
+What enters: Arrow tables of one schema of records.py each. What leaves: parts on a disk or an
+object store, and the ids that are done. The valid Parquet files ARE the record of what is done:
+
+- a part appears whole or not at all (written under a hidden name and renamed, or put in one go on
+  an object store), and names starting with `_` or `.` are skipped by every Parquet reader;
+- `labels/X.parquet` is written before `segments/X.parquet`, the commit; `repair` removes a labels
+  part without its segments part, rows that stand twice, and errors of images done since;
+- a part is named after its ids, so that a task run twice writes the same file twice.
+
+No step needs a rename of something that others read, so all of it holds on s3:// and gs:// too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from zsplg_ray.settings import complain
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["segments", "labels", "errors"]
+KINDS: tuple[Kind, ...] = ("segments", "labels", "errors")
+META = b"zsplg_ray"
+T = TypeVar("T")
+
+
+def part_name(image_ids: Iterable[str]) -> str:
+    """Name of the part that holds these images; the same ids in the same order give the same."""
+    digest = hashlib.sha256()
+    for image_id in image_ids:
+        digest.update(image_id.encode("utf-8", "surrogatepass") + b"\0")
+    return f"part-{digest.hexdigest()[:20]}"
+
+
+class RunFolder:
+    """One run's folder on a local disk or any pyarrow file system; cheap to make and to pickle."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        if "://" in uri:
+            try:
+                self.fs, self.path = pafs.FileSystem.from_uri(uri)
+            except (ValueError, pa.ArrowException) as e:
+                fix = f"use a folder or an s3://, gs:// address ({e})"
+                raise ValueError(complain("out", "a folder or URI", uri, fix)) from e
+        else:
+            self.fs, self.path = pafs.LocalFileSystem(), str(Path(uri).absolute())
+        self.path = self.path.rstrip("/") or "/"
+        self.local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunFolder, (self.uri,)
+
+    # One file --------------------------------------------------------------------------------
+
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Put a file into the folder; it appears whole or not at all."""
+        target = f"{self.path}/{name}"
+        parent, _, base = target.rpartition("/")
+        if not self.local:
+            with self.fs.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        hidden = f"{parent}/_{base}.{uuid.uuid4().hex[:8]}"
+        self.fs.create_dir(parent, recursive=True)
+        try:
+            with self.fs.open_output_stream(hidden) as stream:
+                stream.write(data)
+            Path(hidden).replace(target)
+        except BaseException:
+            Path(hidden).unlink(missing_ok=True)
+            raise
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """The file's bytes, or None if there is no such file."""
+        try:
+            with self.fs.open_input_file(f"{self.path}/{name}") as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return None
+
+    def read_run(self) -> dict[str, Any] | None:
+        """The content of run.json, or None if the folder holds no run yet."""
+        data = self.read_bytes("run.json")
+        if data is None:
+            return None
+        try:
+            return json.loads(data)
+        except ValueError as e:
+            fix = "restore it, or use another folder"
+            raise ValueError(complain("run.json", "valid JSON", f"{self.uri}/run.json", fix)) from e
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Replace run.json."""
+        self.write_bytes(
+            "run.json", (json.dumps(run, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+
+    def label_settings(self) -> dict[str, Any]:
+        """Dotted prompts.* and compose.* settings, and the class list's SPEC, of the labels here.
+
+        Raises: ValueError if the folder holds no run.
+        """
+        run = self.read_run()
+        if run is None:
+            fix = "give the folder of a `zsplg label --out` run"
+            raise ValueError(complain("run", "a run's folder (with run.json)", self.uri, fix))
+        return {k: v for k, v in run["config"].items() if k.startswith(("prompts.", "compose."))}
+
+    # Parts -----------------------------------------------------------------------------------
+
+    def parts(self, kind: Kind) -> list[str]:
+        """Names of the parts of one kind, sorted; other files in the folder are left alone."""
+        selector = pafs.FileSelector(f"{self.path}/{kind}", allow_not_found=True)
+        names = (i.base_name for i in self.fs.get_file_info(selector) if i.is_file)
+        return sorted(
+            n.removesuffix(".parquet")
+            for n in names
+            if n.startswith("part-") and n.endswith(".parquet")
+        )
+
+    def write_part(self, kind: Kind, name: str, table: pa.Table, meta: Mapping[str, Any]) -> None:
+        """Write one part; `meta` (fingerprints, class list) goes into its schema metadata."""
+        text = json.dumps(meta, ensure_ascii=False).encode()
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            table.replace_schema_metadata({META: text}),
+            sink,
+            compression="zstd",
+            use_dictionary=False,
+        )
+        self.write_bytes(f"{kind}/{name}.parquet", sink.getvalue())
+
+    def read_part(self, kind: Kind, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One part as a table. Raises: OSError, pa.ArrowException if it cannot be read."""
+        with self.fs.open_input_file(f"{self.path}/{kind}/{name}.parquet") as stream:
+            return pq.read_table(stream, columns=columns)
+
+    def read(self, kind: Kind, columns: list[str] | None = None) -> pa.Table | None:
+        """All parts of one kind as one table, or None if there are none."""
+        tables = self.map_parts(self.parts(kind), lambda name: self.read_part(kind, name, columns))
+        return pa.concat_tables(tables.values()) if tables else None
+
+    def part_meta(self, kind: Kind, name: str) -> dict[str, Any]:
+        """The metadata that `write_part` was given."""
+        with self.fs.open_input_file(f"{self.path}/{kind}/{name}.parquet") as stream:
+            metadata = pq.read_schema(stream).metadata or {}
+        return json.loads(metadata.get(META, b"{}"))
+
+    def delete_part(self, kind: Kind, name: str) -> None:
+        """Remove one part; no error if it is gone already."""
+        try:
+            self.fs.delete_file(f"{self.path}/{kind}/{name}.parquet")
+        except FileNotFoundError:
+            log.debug("%s/%s was gone already", kind, name)
+
+    def map_parts(self, names: list[str], read: Callable[[str], T]) -> dict[str, T]:
+        """`read` of every part, 16 at a time (object stores answer slowly, but many at once)."""
+        with ThreadPoolExecutor(16) as pool:
+            return dict(zip(names, pool.map(read, names), strict=True))
+
+    # Exactly once ----------------------------------------------------------------------------
+
+    def part_ids(self, kind: Kind) -> dict[str, list[str]]:
+        """Part name -> image ids, reading the id column only; unreadable parts are removed."""
+
+        def ids(name: str) -> list[str] | None:
+            try:
+                return self.read_part(kind, name, ["image_id"])["image_id"].to_pylist()
+            except (OSError, pa.ArrowInvalid) as e:
+                torn = isinstance(e, pa.ArrowInvalid) or (self.local and e.errno is None)
+                if not torn:
+                    raise  # the storage failed, not the file
+                log.warning("%s/%s.parquet is not readable (%s): removed", kind, name, e)
+                self.delete_part(kind, name)
+                return None
+
+        found = self.map_parts(self.parts(kind), ids)
+        return {name: ids for name, ids in found.items() if ids is not None}
+
+    def repair(self, retry: Callable[[str], bool] = lambda image_id: False) -> Repaired:
+        """Bring the folder to the state in which every image stands once, and tell what is there.
+
+        Args:
+            retry: tells of an id in errors/ whether it is to be tried again (its row is dropped).
+        """
+        if self.local:
+            for kind in (".", *KINDS):
+                for left in Path(self.path, kind).glob("_*.????????"):
+                    left.unlink(missing_ok=True)  # what a killed writer left
+        segments, labels = self.part_ids("segments"), self.part_ids("labels")
+        for name in labels.keys() - segments.keys():
+            self.delete_part("labels", name)
+        done: set[str] = set()
+        for name in sorted(segments):
+            ids = segments[name]
+            fresh = [i not in done for i in ids]
+            done.update(ids)
+            if not all(fresh):
+                log.warning("%s holds %d images twice: mended", name, fresh.count(False))
+                self._keep_rows("labels", name, labels, fresh)
+                self._keep_rows("segments", name, segments, fresh)
+        failed = self._repair_errors(lambda image_id: image_id in done or retry(image_id))
+        unlabelled = sorted(name for name in segments if name not in labels and segments[name])
+        return Repaired(done, failed, unlabelled)
+
+    def _keep_rows(
+        self, kind: Kind, name: str, ids: dict[str, list[str]], keep: list[bool]
+    ) -> None:
+        if name not in ids:
+            return
+        if not any(keep):
+            self.delete_part(kind, name)
+        elif len(ids[name]) == len(keep):
+            table = self.read_part(kind, name).filter(pa.array(keep))
+            self.write_part(kind, name, table, self.part_meta(kind, name))
+        ids[name] = [i for i, kept in zip(ids[name], keep, strict=False) if kept]
+
+    def _repair_errors(self, drop: Callable[[str], bool]) -> set[str]:
+        parts = self.part_ids("errors")
+        kept: set[str] = set()
+        for name, ids in parts.items():
+            keep = [not drop(i) and i not in kept for i in ids]
+            kept.update(i for i, k in zip(ids, keep, strict=True) if k)
+            if not all(keep):
+                self._keep_rows("errors", name, parts, keep)
+        return kept
+
+    def anti_join(self, manifest: pa.Table, done: set[str]) -> pa.Table:
+        """The rows of a manifest whose image_id is not in `done`."""
+        known = pc.is_in(manifest["image_id"], value_set=pa.array(sorted(done), pa.string()))
+        return manifest.filter(pc.invert(known))
+
+
+class Repaired:
+    """What `RunFolder.repair` found: ids done, ids failed, parts whose labels are to be made."""
+
+    def __init__(self, done: set[str], failed: set[str], unlabelled: list[str]) -> None:
+        self.done, self.failed, self.unlabelled = done, failed, unlabelled

@@ -1,0 +1,114 @@
+"""run.json: what a run's folder was made with, and whether a new run may go on in it.
+
+What enters: the config as given and as resolved, class list, weights' SHA-256. What leaves: the
+mapping that run.json holds, the metadata of every Parquet part, and a refusal where a setting that
+the stored segments depend on has changed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from zsplg_ray import __version__
+from zsplg_ray.config import LabelConfig, RelabelConfig
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.settings import complain, fingerprint, flatten
+from zsplg_ray.vocab import ClassList
+
+NOT_IN_SEGMENTS = {"sam.checkpoint", "sam.points_per_batch", "clip.crop_batch"}
+"""Settings of sam and clip that do not change the segments (the checkpoint counts by its hash)."""
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "ray",
+    "segment-anything",
+    "open_clip_torch",
+    "pyarrow",
+    "numpy",
+)
+
+
+def describe_run(
+    config: LabelConfig, resolved: LabelConfig, classes: ClassList, weights: Mapping[str, str]
+) -> dict[str, Any]:
+    """The content of run.json at the start of a run."""
+    run: dict[str, Any] = {
+        "state": "running",
+        "labels_state": "complete",
+        "config": flatten(config),
+        "resolved": flatten(resolved),
+        "classes": classes.to_dict(),
+        "weights": dict(weights),
+        "versions": {"zsplg_ray": __version__}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    return with_fingerprints(run)
+
+
+def with_fingerprints(run: dict[str, Any]) -> dict[str, Any]:
+    """Set `fingerprint` (segments) and `labels_fingerprint` from the rest."""
+    segments = {k: run["resolved"][k] for k in segment_settings(run)} | run["weights"]
+    run["fingerprint"] = fingerprint(segments)
+    labels = {k: run["resolved"][k] for k in label_settings(run)}
+    labels |= {"classes": run["classes"], "segments": run["fingerprint"]}
+    run["labels_fingerprint"] = fingerprint(labels)
+    return run
+
+
+def segment_settings(run: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that the segments and their embeddings depend on."""
+    names = (k for k in run["resolved"] if k.startswith(("sam.", "clip.")))
+    return sorted(set(names) - NOT_IN_SEGMENTS)
+
+
+def label_settings(run: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that the labels depend on beside the segments."""
+    return sorted(k for k in run["resolved"] if k.startswith(("prompts.", "compose.")))
+
+
+def part_meta(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What every Parquet part of the run carries in its schema metadata."""
+    return {k: run[k] for k in ("fingerprint", "labels_fingerprint", "classes")}
+
+
+def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
+    """Raise ValueError if `folder` holds a run that was made with other settings.
+
+    The first differing setting is named with both values.
+    """
+    old = folder.read_run()
+    if old is None:
+        return
+    again = "give the same value, or another --out"
+    if old["labels_state"] != "complete":
+        fix = f"run `zsplg relabel --run {folder.uri}` to finish it"
+        raise ValueError(
+            complain("out", "a folder with whole labels", "a half relabelled one", fix)
+        )
+    pairs = [(f"weights of {k}", old["weights"][k], v, again) for k, v in run["weights"].items()]
+    pairs += [(k, old["resolved"].get(k), run["resolved"][k], again) for k in segment_settings(run)]
+    change = f"{again}, or change all labels with `zsplg relabel --run {folder.uri}`"
+    pairs += [(k, old["resolved"].get(k), run["resolved"][k], change) for k in label_settings(run)]
+    pairs += [("classes", old["classes"], run["classes"], change)]
+    for name, before, now, fix in pairs:
+        if before != now:
+            if name == "classes":
+                before, now = before["names"], now["names"]
+            raise ValueError(complain(name, f"{before} as in {folder.uri}", now, fix))
+
+
+def relabelled(
+    run: Mapping[str, Any], given: RelabelConfig, resolved: RelabelConfig, classes: ClassList
+) -> dict[str, Any]:
+    """The run with labels composed by other settings; its `labels_state` is "relabelling"."""
+    changed = ("prompts.", "compose.")
+    new = {**run, "labels_state": "relabelling", "classes": classes.to_dict()}
+    for key, config in (("config", given), ("resolved", resolved)):
+        values = {k: v for k, v in flatten(config).items() if k.startswith(changed)}
+        new[key] = {**run[key], **values}
+        if given.classes is not None:
+            new[key]["classes"] = given.classes
+    return with_fingerprints(new)

@@ -1,0 +1,137 @@
+"""Labels against ground truth.
+
+What enters: labels (a run, a Parquet folder, a folder of PNG masks) and masks. What leaves: counts
+summed over all images that have both, and the scores of metrics.py. No image is counted twice, and
+none is left out in silence: how many had no truth, and how many truths had no label, is told.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zsplg_ray.config import EvaluateConfig
+from zsplg_ray.masks import Truth, open_truth
+from zsplg_ray.metrics import confusion, scores
+from zsplg_ray.records import decode_png
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.settings import complain
+from zsplg_ray.vocab import ClassList, class_list
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Label maps by image id, read when asked for."""
+
+    ids: list[str]
+    classes: ClassList | None
+    maps: Callable[[], Iterator[tuple[str, np.ndarray]]]
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Compare labels with ground truth.
+
+    Returns: the keys of `metrics.scores`, and `images` (compared), `without_truth`,
+        `without_label`, `classes`.
+
+    Raises:
+        ValueError: Nothing to compare, sizes or class lists that do not fit.
+    """
+    truth = open_truth(config.truth, root=config.root)
+    labels = open_labels(config.labels)
+    given = class_list(config.classes) if config.classes else None
+    classes = given or labels.classes or truth.classes
+    if classes is None:
+        fix = "add --classes SPEC: neither labels nor masks say what their numbers mean"
+        raise ValueError(complain("classes", "given", "nothing", fix))
+    compared = [i for i in labels.ids if truth.has(i)]
+    if not compared:
+        example = f"labels such as {labels.ids[0]!r}" if labels.ids else "no labels"
+        fix = f"masks are called such as {next(iter(truth.ids), 'nothing')!r}"
+        raise ValueError(complain("truth", "masks of the labelled images", example, fix))
+    counts = count(labels.maps(), truth, len(classes))
+    result = scores(counts, classes.names)
+    result["images"] = len(compared)
+    result["without_truth"] = len(labels.ids) - len(compared)
+    result["without_label"] = len(truth.ids) - len(compared)
+    result["classes"] = list(classes.names)
+    return result
+
+
+def count(maps: Iterable[tuple[str, np.ndarray]], truth: Truth, n_classes: int) -> np.ndarray:
+    """Confusion counts int64 [K, K + 1] over all label maps that have a truth."""
+    total = np.zeros((n_classes, n_classes + 1), np.int64)
+    for image_id, label_HW in maps:
+        if not truth.has(image_id):
+            continue
+        try:
+            total += confusion(truth.read(image_id), label_HW, n_classes)
+        except ValueError as e:
+            raise ValueError(f"{e} (image {image_id})") from e
+    return total
+
+
+def open_labels(source: str) -> Labels:
+    """Labels of a run's folder, a folder of labels parts, or a folder of PNG masks.
+
+    Raises: ValueError if there are none, or if a relabel was interrupted half-way.
+    """
+    folder = RunFolder(source)
+    run = folder.read_run()
+    if run is not None:
+        if run.get("labels_state") != "complete":
+            fix = f"run `zsplg relabel --run {source}` to finish it"
+            raise ValueError(complain("labels", "whole", "a half relabelled run", fix))
+        return parquet_labels(folder)
+    if not Path(source).is_dir() and "://" not in source:
+        fix = "give a run's folder or a folder of PNG masks"
+        raise ValueError(complain("labels", "an existing folder", source, fix))
+    if folder.parts("labels"):
+        return parquet_labels(folder)
+    masks = open_truth(source)
+    ids = list(masks.ids)
+    return Labels(ids, masks.classes, lambda: ((i, masks.read(i)) for i in ids))
+
+
+def parquet_labels(folder: RunFolder) -> Labels:
+    """The labels/ parts of a run, read one part at a time."""
+    names = folder.parts("labels")
+    by_part = folder.map_parts(
+        names, lambda n: folder.read_part("labels", n, ["image_id"])["image_id"].to_pylist()
+    )
+    meta = folder.part_meta("labels", names[0]) if names else {}
+    classes = ClassList.from_dict(meta["classes"]) if "classes" in meta else None
+
+    def maps() -> Iterator[tuple[str, np.ndarray]]:
+        for name in names:
+            table = folder.read_part("labels", name, ["image_id", "label_png"])
+            for image_id, png in zip(*(c.to_pylist() for c in table.columns), strict=True):
+                yield image_id, decode_png(png)
+
+    return Labels([i for ids in by_part.values() for i in ids], classes, maps)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as lines for a terminal."""
+    width = max(12, *(len(name) for name in result["iou"]))
+    lines = [f"{'class':<{width}}  {'IoU':>6}  {'precision':>9}  {'recall':>6}"]
+    for name, iou in result["iou"].items():
+        shown = (iou, result["precision_by_class"][name], result["recall_by_class"][name])
+        cells = ["-" if v is None else f"{v:.3f}" for v in shown]
+        lines.append(f"{name:<{width}}  {cells[0]:>6}  {cells[1]:>9}  {cells[2]:>6}")
+    last = [f"{k} {_share(result[k])}" for k in ("miou", "pixel_accuracy", "coverage")]
+    told = f"{result['images']} images"
+    if result["without_truth"] or result["without_label"]:
+        told += f" ({result['without_truth']} without truth, {result['without_label']} unlabelled)"
+    return "\n".join([*lines, "", f"{'  '.join(last)}  over {told}"])
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

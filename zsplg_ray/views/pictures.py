@@ -1,0 +1,105 @@
+"""Label maps as pictures: the image, its labels in colours, and the truth where there is one.
+
+What enters: uint8 RGB images and label maps. What leaves: one contact sheet PNG.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from zsplg_ray.images import decode_image
+from zsplg_ray.masks import Truth
+from zsplg_ray.records import IGNORE, decode_png
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.sources import read_bytes
+from zsplg_ray.vocab import ClassList, palette
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One line of a contact sheet."""
+
+    image_HWC: np.ndarray
+    maps: tuple[np.ndarray, ...]
+    """Label maps uint8 [H, W], painted over the image from left to right."""
+
+
+def overlay(image_HWC: np.ndarray, label_HW: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """The image with each class tinted in its palette colour; background stays, ignore is grey."""
+    colour_KC = np.array(palette(), np.float32).reshape(-1, 3)
+    colour_KC[IGNORE] = 128
+    share_HW1 = np.where(label_HW == 0, 0.0, strength)[..., None]
+    mixed = image_HWC * (1 - share_HW1) + colour_KC[label_HW] * share_HW1
+    return np.rint(mixed).astype(np.uint8)
+
+
+def contact_sheet(
+    shots: Sequence[Shot], classes: ClassList, cell_px: int = 192
+) -> bytes:
+    """A PNG: per shot the image and its overlays side by side, and below a legend of the classes."""
+    columns = 1 + max((len(shot.maps) for shot in shots), default=1)
+    pairs = 2 if len(shots) > 4 else 1
+    lines = -(-len(shots) // pairs)
+    legend = _legend(shots, classes, pairs * columns * cell_px)
+    sheet = Image.new("RGB", (pairs * columns * cell_px, lines * cell_px + legend.height), "white")
+    for i, shot in enumerate(shots):
+        cells = [shot.image_HWC, *(overlay(shot.image_HWC, m) for m in shot.maps)]
+        for j, cell in enumerate(cells):
+            tile = Image.fromarray(cell)
+            tile.thumbnail((cell_px - 4, cell_px - 4))
+            if max(tile.size) < cell_px - 4:
+                grow = (cell_px - 4) / max(tile.size)
+                tile = tile.resize((round(tile.width * grow), round(tile.height * grow)), 0)
+            at = ((i % pairs * columns + j) * cell_px + 2, i // pairs * cell_px + 2)
+            sheet.paste(tile, at)
+    sheet.paste(legend, (0, lines * cell_px))
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
+
+
+def _legend(shots: Sequence[Shot], classes: ClassList, width: int) -> Image.Image:
+    """Names of the classes that occur, each on its colour."""
+    used = sorted({int(k) for s in shots for m in s.maps for k in np.unique(m)} - {0, IGNORE})
+    font = ImageFont.load_default(14)
+    colours = palette()
+    items = [(classes.names[k][:40], tuple(colours[3 * k : 3 * k + 3])) for k in used]
+    spots, x, y = [], 6, 4
+    for name, colour in items:
+        w = 28 + int(font.getlength(name))
+        if x + w > width and x > 6:
+            x, y = 6, y + 22
+        spots.append((x, y, name, colour))
+        x += w + 8
+    legend = Image.new("RGB", (width, y + 24 if items else 1), "white")
+    draw = ImageDraw.Draw(legend)
+    for x, y, name, colour in spots:
+        draw.rectangle((x, y, x + 16, y + 16), fill=colour)
+        draw.text((x + 22, y), name, fill="black", font=font)
+    return legend
+
+
+def run_sheet(
+    folder: RunFolder, classes: ClassList, truth: Truth | None = None, n: int = 12
+) -> bytes:
+    """A contact sheet of the first `n` images of a run whose files can still be read."""
+    shots: list[Shot] = []
+    for name in folder.parts("labels"):
+        rows = folder.read_part("labels", name, ["image_id", "uri", "label_png"]).to_pylist()
+        for row in rows[: n - len(shots)]:
+            try:
+                image_HWC = decode_image(read_bytes(row["uri"]))
+            except (OSError, ValueError):
+                continue
+            maps = [decode_png(row["label_png"])]
+            if truth is not None and truth.has(row["image_id"]):
+                maps.append(truth.read(row["image_id"]))
+            shots.append(Shot(image_HWC, tuple(maps)))
+        if len(shots) >= n:
+            break
+    return contact_sheet(shots, classes)
