@@ -46,8 +46,8 @@ def label(given: config.LabelConfig) -> int:
     """Label images; see config.LabelConfig."""
     from zsplg_ray.cluster.label import label as run_label
 
-    summary = run_label(given)
-    print(json.dumps(summary, indent=1))
+    run = run_label(given)
+    _tell(run, given.out, given.json)
     return 0
 
 
@@ -55,8 +55,25 @@ def relabel(given: config.RelabelConfig) -> int:
     """Compose labels again from segments; see config.RelabelConfig."""
     from zsplg_ray.cluster.relabel import relabel as run_relabel
 
-    print(json.dumps(run_relabel(given), indent=1))
+    _tell(run_relabel(given), given.run, given.json)
     return 0
+
+
+def _tell(run: Mapping[str, Any], folder: str, as_json: bool) -> None:
+    """What a run did, and the picture of its first images."""
+    from zsplg_ray.rundir import RunFolder
+    from zsplg_ray.views.pictures import write_preview
+
+    preview = write_preview(RunFolder(folder))
+    if as_json:
+        print(json.dumps(run))
+        return
+    counts = run["counts"]
+    print(f"{counts['labelled']} of {counts['images']} images labelled in {folder}")
+    if counts["quarantined"]:
+        print(f"{counts['quarantined']} could not be done, see {folder}/errors")
+    if preview:
+        print(f"first images and their labels: {folder}/{preview}")
 
 
 def evaluate(given: config.EvaluateConfig) -> int:
@@ -126,11 +143,10 @@ def parse(cls: type[S], argv: Sequence[str], verb: str) -> S:
         about += "in a YAML file given as --config FILE.yaml; a flag wins over the file."
         tyro.cli(cls, prog=f"zsplg {verb}", description=about, args=["--help"])
     argv, file = _take_config(list(argv))
-    values = nest(_stored_settings(cls, argv))
-    if file is not None:
-        values = _merge(values, nest(read_yaml(file)))
     flags = flag_names(cls)
-    given = {flags[token.split("=")[0]] for token in _flags(argv, flags)}
+    given = {flags[name] for name in _flags(argv, flags)}
+    in_file = nest(read_yaml(file)) if file is not None else {}
+    values = _merge(nest(_stored_settings(cls, argv, in_file)), in_file)
     for name in required(cls):
         if name in given or is_positional(setting_types(cls)[name]):
             values.setdefault(name, "")  # a place to stand until tyro reads the flag
@@ -156,32 +172,49 @@ def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, file
 
 
+def _flag(token: str) -> str:
+    """The flag that a token of the command line is, in its one spelling, or "" for a value."""
+    return token.split("=")[0].replace("_", "-") if re.match(r"--[a-zA-Z]", token) else ""
+
+
 def _flags(argv: Sequence[str], flags: Mapping[str, str]) -> list[str]:
-    found = [token for token in argv if re.match(r"--[a-zA-Z]", token)]
-    for token in found:
-        name = token.split("=")[0]
-        if name.replace("_", "-") not in flags:
+    """The flags in `argv`. Raises: ValueError for an unknown one."""
+    found = {_flag(token): token for token in argv if _flag(token)}
+    for name, token in found.items():
+        if name not in flags:
             near = nearest(name, flags)
             fix = f"did you mean {near}?" if near else "see --help"
-            raise ValueError(complain(name, "a known flag", token, fix))
-    return [token.replace("_", "-") if "=" not in token else token for token in found]
+            raise ValueError(complain(token.split("=")[0], "a known flag", token, fix))
+    return list(found)
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """What stands behind the last `flag` on the command line; None if it is not there."""
+    at = [i for i, token in enumerate(argv) if _flag(token) == flag]
+    if not at:
+        return None
+    _, equals, value = argv[at[-1]].partition("=")
+    return value if equals else next(iter(argv[at[-1] + 1 :]), "")
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = below.get(key)
+        if value is None and isinstance(old, dict):
+            continue  # `compose:` with nothing under it changes nothing
         both = isinstance(old, dict) and isinstance(value, dict)
         below[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return below
 
 
-def _stored_settings(cls: type, argv: Sequence[str]) -> dict[str, Any]:
+def _stored_settings(cls: type, argv: Sequence[str], in_file: Mapping[str, Any]) -> dict[str, Any]:
     """`relabel` starts from the settings that the run's labels were made with."""
-    if cls is not config.RelabelConfig or "--run" not in argv[:-1]:
+    run = _value(argv, "--run") or in_file.get("run")
+    if cls is not config.RelabelConfig or not isinstance(run, str):
         return {}
     from zsplg_ray.rundir import RunFolder
 
-    return RunFolder(argv[list(argv).index("--run") + 1]).label_settings()
+    return RunFolder(run).label_settings()
 
 
 def _tyro(cls: type[S], argv: Sequence[str], default: S, verb: str) -> S:
@@ -190,27 +223,38 @@ def _tyro(cls: type[S], argv: Sequence[str], default: S, verb: str) -> S:
         with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured):
             return tyro.cli(cls, prog=f"zsplg {verb}", args=list(argv), default=default)
     except SystemExit as e:
-        raise ValueError(_one_line(cls, argv, captured.getvalue())) from e
+        raise ValueError(_own_error(e) or _one_line(cls, argv, verb, captured.getvalue())) from e
 
 
-def _one_line(cls: type, argv: Sequence[str], box: str) -> str:
+def _own_error(error: BaseException | None) -> str | None:
+    """The message of a check in settings.py or config.py that made tyro give up, if one did."""
+    while error is not None:
+        if re.search(r" must be .+, got .+; ", str(error)) and type(error) is ValueError:
+            return str(error)
+        error = error.__context__
+    return None
+
+
+def _one_line(cls: type, argv: Sequence[str], verb: str, box: str) -> str:
     """tyro's boxed message as `NAME must be RULE, got VALUE; FIX`."""
     text = " ".join(re.sub(r"[╭╮╰╯│─]|-{4,}", " ", box).split())
-    if own := re.search(r"[\w.]+ must be .*, got .*; .*", text):
-        return own.group().split(" For full helptext")[0]
     flags = flag_names(cls)
     for flag in re.findall(r"--[\w.-]+", text):
-        if flag not in flags:
+        value = _value(argv, flag)
+        if flag not in flags or value is None:
             continue
-        at = next((i for i, t in enumerate(argv) if t.split("=")[0] == flag), None)
-        if at is None:
-            continue
-        value = argv[at].partition("=")[2] or next(iter(argv[at + 1 :]), "")
-        return wrong_type(flags[flag], _hint(cls, flags[flag]), value or "nothing")
-    told = re.split(r" ?For full helptext|Argument helptext", text)[0].removeprefix(
-        "Parsing error "
-    )
-    return complain("command line", "as --help tells", " ".join(argv) or "nothing", told.lower())
+        if not value or _flag(value):
+            fix = f"add its value; one that begins with - is written {flag}=VALUE"
+            return complain(flags[flag], "given with a value", value or "nothing", fix)
+        if value.startswith("-"):
+            fix = f"write {flag}={value}"
+            return complain(flags[flag], "written with = if it begins with -", value, fix)
+        return wrong_type(flags[flag], _hint(cls, flags[flag]), value)
+    told = re.split(r" ?For full helptext|Argument helptext", text)[0]
+    fix = f"quote values with blanks, and see zsplg {verb} --help"
+    if extra := re.search(r"nrecognized options: (.*)", told):
+        return complain("command line", "flags and their values", extra.group(1), fix)
+    return complain("command line", "as --help tells", " ".join(argv) or "nothing", told)
 
 
 def _hint(cls: type, dotted: str) -> Any:
@@ -244,13 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    logging.basicConfig(
-        level=os.environ.get("ZSPLG_LOG", "INFO").upper(),
-        format="%(message)s",
-        stream=sys.stderr,
-    )
     verb, *rest = argv
     try:
+        _start_log()
         if verb not in VERBS:
             near = nearest(verb, VERBS)
             fix = f"did you mean `{near}`?" if near else "see zsplg --help"
@@ -258,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cls, run, _ = VERBS[verb]
         return run(parse(cls, rest, verb))
     except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -266,9 +306,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except WorkError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (WorkError, OSError) as e:  # OSError: a full disk, a folder that may not be written
+        logging.getLogger(__name__).debug("what failed", exc_info=True)
+        print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         return 1
+
+
+def _start_log() -> None:
+    """Messages of this project to stderr, from the level in $ZSPLG_LOG on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    level = os.environ.get("ZSPLG_LOG", "INFO").upper()
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    if level not in levels:
+        rule, fix = f"one of {', '.join(levels)}", "change or unset this environment variable"
+        raise ValueError(complain("ZSPLG_LOG", rule, level, fix))
+    logging.getLogger("zsplg_ray").setLevel(level)
 
 
 if __name__ == "__main__":

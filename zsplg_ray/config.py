@@ -32,7 +32,7 @@ class SamConfig(Section):
     points_per_side: Annotated[int | None, Range(1, 256)] = None
     """Points along one side of the prompt grid, [1, 256]. None: 32, or what the model wants."""
     points_per_batch: Annotated[int, Range(1, 65536)] = 64
-    """Points decoded at a time, [1, 65536]; halved by itself when memory runs out."""
+    """Points decoded at a time, [1, 65536]; fewer are tried when memory runs out."""
     pred_iou_thresh: Annotated[float | None, Range(0, 1)] = None
     """Masks whose predicted IoU is lower are dropped, [0, 1]. None: 0.88, or the model's own."""
     stability_score_thresh: Annotated[float | None, Range(0, 1)] = None
@@ -79,11 +79,14 @@ class PromptsConfig(Section):
     templates: tuple[str, ...] | None = None
     """Sentences with {class} in them, averaged. None: `a photo of a {class}`, or the model's."""
     background: tuple[str, ...] | None = None
-    """Prompts for what is no class at all; a segment nearest to one of these is background.
-    None: none, or the model's own."""
+    """Words put into the templates for what is no class at all (wall, sky); a segment nearest to
+    one of these is background. None: none, or the model's own."""
 
     def extra_checks(self) -> None:
-        """Every template has a place for the class."""
+        """There is a template, and every one has a place for the class."""
+        if self.templates == ():
+            fix = "write for example 'a photo of a {class}', or leave it out"
+            raise ValueError(complain("prompts.templates", "at least one sentence", "none", fix))
         for template in self.templates or ():
             if "{class}" not in template:
                 raise ValueError(
@@ -121,6 +124,12 @@ class ComposeConfig(Section):
     """Who wins a pixel where segments overlap: the higher score, or the smaller area."""
     unsure: Literal["background", "ignore"] = "background"
     """What a pixel becomes that no accepted segment covers: background (the paper), or 255."""
+
+    def extra_checks(self) -> None:
+        """A mapping of thresholds holds at least one."""
+        if self.min_similarity == {}:
+            fix = "write for example 0.2, or cat 0.3 '*' 0.2"
+            raise ValueError(complain("compose.min_similarity", "a threshold", "none", fix))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +198,12 @@ class LabelConfig(Section):
     """Images of more pixels go to errors/, >= 1: a guard against decompression bombs."""
     max_errors: Annotated[int | None, Range(0)] = None
     """The run stops with exit 1 once more images than this have failed, >= 0. None: never."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of an actor: auto (a GPU if it has one), cpu, cuda."""
     quiet: bool = False
     """No progress on stderr."""
+    json: bool = False
+    """The whole of run.json on stdout instead of a summary."""
     sam: SamConfig = field(default_factory=SamConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -215,6 +226,8 @@ class RelabelConfig(Section):
     ray: RayConfig = field(default_factory=RayConfig)
     quiet: bool = False
     """No progress on stderr."""
+    json: bool = False
+    """The whole of run.json on stdout instead of a summary."""
 
 
 @dataclass(frozen=True, kw_only=True)

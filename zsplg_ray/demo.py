@@ -49,6 +49,7 @@ def demo(config: DemoConfig) -> str:
 def _scores(run: Path, scenes: Path, embedder: str) -> str:
     result = evaluate(EvaluateConfig(labels=str(run), truth=str(scenes)))
     sheet = run / "pictures.png"
-    sheet.write_bytes(run_sheet(RunFolder(str(run)), class_list("shapes"), open_truth(str(scenes))))
+    picture = run_sheet(RunFolder(str(run)), class_list("shapes"), open_truth(str(scenes)))
+    sheet.write_bytes(picture or b"")
     told = f"{embedder}: zero-shot labels against the truth\n\n{table(result)}"
     return f"{told}\npictures (image, labels, truth): {sheet}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 Kind = Literal["segments", "labels", "errors"]
 KINDS: tuple[Kind, ...] = ("segments", "labels", "errors")
 META = b"zsplg_ray"
+_PART = re.compile(r"(part-[0-9a-f]{20})\.parquet")
+_UNFINISHED = re.compile(r"_.+\.[0-9a-f]{32}")
 T = TypeVar("T")
 
 
@@ -58,7 +61,8 @@ class RunFolder:
                 fix = f"use a folder or an s3://, gs:// address ({e})"
                 raise ValueError(complain("out", "a folder or URI", uri, fix)) from e
         else:
-            self.fs, self.path = pafs.LocalFileSystem(), str(Path(uri).absolute())
+            path = Path(uri).expanduser() if uri.startswith("~/") else Path(uri)
+            self.fs, self.path = pafs.LocalFileSystem(), str(path.absolute())
         self.path = self.path.rstrip("/") or "/"
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
 
@@ -75,7 +79,7 @@ class RunFolder:
             with self.fs.open_output_stream(target) as stream:
                 stream.write(data)
             return
-        hidden = f"{parent}/_{base}.{uuid.uuid4().hex[:8]}"
+        hidden = f"{parent}/_{base}.{uuid.uuid4().hex}"
         self.fs.create_dir(parent, recursive=True)
         try:
             with self.fs.open_output_stream(hidden) as stream:
@@ -90,19 +94,26 @@ class RunFolder:
         try:
             with self.fs.open_input_file(f"{self.path}/{name}") as stream:
                 return stream.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read_run(self) -> dict[str, Any] | None:
-        """The content of run.json, or None if the folder holds no run yet."""
+        """The content of run.json, or None if the folder holds no run yet.
+
+        Raises: ValueError if there is a run.json that no run has written.
+        """
         data = self.read_bytes("run.json")
         if data is None:
             return None
+        where, fix = f"{self.uri}/run.json", "restore it, or use another folder"
         try:
-            return json.loads(data)
+            run = json.loads(data)
         except ValueError as e:
-            fix = "restore it, or use another folder"
-            raise ValueError(complain("run.json", "valid JSON", f"{self.uri}/run.json", fix)) from e
+            raise ValueError(complain("run.json", "valid JSON", where, fix)) from e
+        keys = ("config", "resolved", "classes", "weights", "labels_state")
+        if not isinstance(run, dict) or not all(key in run for key in keys):
+            raise ValueError(complain("run.json", f"a run's, with {', '.join(keys)}", where, fix))
+        return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace run.json."""
@@ -111,7 +122,7 @@ class RunFolder:
         )
 
     def label_settings(self) -> dict[str, Any]:
-        """Dotted prompts.* and compose.* settings, and the class list's SPEC, of the labels here.
+        """Dotted prompts.* and compose.* settings that the labels here were asked for with.
 
         Raises: ValueError if the folder holds no run.
         """
@@ -126,12 +137,8 @@ class RunFolder:
     def parts(self, kind: Kind) -> list[str]:
         """Names of the parts of one kind, sorted; other files in the folder are left alone."""
         selector = pafs.FileSelector(f"{self.path}/{kind}", allow_not_found=True)
-        names = (i.base_name for i in self.fs.get_file_info(selector) if i.is_file)
-        return sorted(
-            n.removesuffix(".parquet")
-            for n in names
-            if n.startswith("part-") and n.endswith(".parquet")
-        )
+        names = (_PART.fullmatch(i.base_name) for i in self.fs.get_file_info(selector) if i.is_file)
+        return sorted(name.group(1) for name in names if name)
 
     def write_part(self, kind: Kind, name: str, table: pa.Table, meta: Mapping[str, Any]) -> None:
         """Write one part; `meta` (fingerprints, class list) goes into its schema metadata."""
@@ -200,20 +207,24 @@ class RunFolder:
         """
         if self.local:
             for kind in (".", *KINDS):
-                for left in Path(self.path, kind).glob("_*.????????"):
-                    left.unlink(missing_ok=True)  # what a killed writer left
+                for left in Path(self.path, kind).glob("_*"):
+                    if _UNFINISHED.fullmatch(left.name):
+                        left.unlink(missing_ok=True)  # what a killed writer left
         segments, labels = self.part_ids("segments"), self.part_ids("labels")
         for name in labels.keys() - segments.keys():
             self.delete_part("labels", name)
         done: set[str] = set()
         for name in sorted(segments):
             ids = segments[name]
-            fresh = [i not in done for i in ids]
-            done.update(ids)
+            fresh = _first_time(ids, done)
             if not all(fresh):
                 log.warning("%s holds %d images twice: mended", name, fresh.count(False))
-                self._keep_rows("labels", name, labels, fresh)
+                if labels.get(name) == ids:
+                    self._keep_rows("labels", name, labels, fresh)
                 self._keep_rows("segments", name, segments, fresh)
+            if name in labels and labels[name] != segments[name]:
+                self.delete_part("labels", name)  # half mended before: composed anew from segments
+                del labels[name]
         failed = self._repair_errors(lambda image_id: image_id in done or retry(image_id))
         unlabelled = sorted(name for name in segments if name not in labels and segments[name])
         return Repaired(done, failed, unlabelled)
@@ -221,21 +232,21 @@ class RunFolder:
     def _keep_rows(
         self, kind: Kind, name: str, ids: dict[str, list[str]], keep: list[bool]
     ) -> None:
-        if name not in ids:
-            return
-        if not any(keep):
-            self.delete_part(kind, name)
-        elif len(ids[name]) == len(keep):
+        """Drop rows of a part, in the file and in `ids`."""
+        if any(keep):
             table = self.read_part(kind, name).filter(pa.array(keep))
             self.write_part(kind, name, table, self.part_meta(kind, name))
-        ids[name] = [i for i, kept in zip(ids[name], keep, strict=False) if kept]
+        else:
+            self.delete_part(kind, name)
+        ids[name] = [i for i, kept in zip(ids[name], keep, strict=True) if kept]
 
     def _repair_errors(self, drop: Callable[[str], bool]) -> set[str]:
         parts = self.part_ids("errors")
         kept: set[str] = set()
         for name, ids in parts.items():
-            keep = [not drop(i) and i not in kept for i in ids]
-            kept.update(i for i, k in zip(ids, keep, strict=True) if k)
+            wanted = [i for i in ids if not drop(i)]
+            first = iter(_first_time(wanted, kept))
+            keep = [not drop(i) and next(first) for i in ids]
             if not all(keep):
                 self._keep_rows("errors", name, parts, keep)
         return kept
@@ -244,6 +255,15 @@ class RunFolder:
         """The rows of a manifest whose image_id is not in `done`."""
         known = pc.is_in(manifest["image_id"], value_set=pa.array(sorted(done), pa.string()))
         return manifest.filter(pc.invert(known))
+
+
+def _first_time(ids: Iterable[str], seen: set[str]) -> list[bool]:
+    """Of each id whether it was not in `seen` yet; all are put there."""
+    fresh = []
+    for image_id in ids:
+        fresh.append(image_id not in seen)
+        seen.add(image_id)
+    return fresh
 
 
 class Repaired:

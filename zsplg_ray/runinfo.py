@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from zsplg_ray import __version__
@@ -79,6 +80,8 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
 
     The first differing setting is named with both values.
     """
+    if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
+        raise ValueError(complain("out", "a folder", folder.uri, "give another path"))
     old = folder.read_run()
     if old is None:
         return
@@ -88,8 +91,9 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
         raise ValueError(
             complain("out", "a folder with whole labels", "a half relabelled one", fix)
         )
-    pairs = [(f"weights of {k}", old["weights"][k], v, again) for k, v in run["weights"].items()]
-    pairs += [(k, old["resolved"].get(k), run["resolved"][k], again) for k in segment_settings(run)]
+    pairs = [(k, old["resolved"].get(k), run["resolved"][k], again) for k in segment_settings(run)]
+    weights = run["weights"].items()
+    pairs += [(f"weights of {k}", old["weights"].get(k), v, again) for k, v in weights]
     change = f"{again}, or change all labels with `zsplg relabel --run {folder.uri}`"
     pairs += [(k, old["resolved"].get(k), run["resolved"][k], change) for k in label_settings(run)]
     pairs += [("classes", old["classes"], run["classes"], change)]

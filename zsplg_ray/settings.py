@@ -6,6 +6,7 @@ objects, or a ValueError of one line that names the setting, its rule, the value
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -31,7 +32,8 @@ class WorkError(RuntimeError):
 def complain(name: str, rule: str, value: object, fix: str) -> str:
     """The project's one form of an error: `NAME must be RULE, got VALUE; FIX`, on one line."""
     shown = value if isinstance(value, str) else repr(value)
-    return f"{name} must be {rule}, got {shown or repr('')}; {fix}".replace("\n", "\\n")
+    text = f"{name} must be {rule}, got {shown or repr('')}; {fix}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Range:
         return f"[{self.low:g}, {self.high:g}]" if self.high < math.inf else f">= {self.low:g}"
 
     def holds(self, value: object) -> bool:
-        """Whether every number in `value` lies in the interval; NaN never does."""
+        """Whether every number in `value` lies in the interval; NaN and infinity never do."""
         if isinstance(value, Mapping):
             return all(self.holds(v) for v in value.values())
         return value is None or (
-            isinstance(value, int | float) and self.low <= float(value) <= self.high
+            isinstance(value, int | float)
+            and math.isfinite(value)
+            and self.low <= value <= self.high
         )
 
 
@@ -94,11 +98,12 @@ def required(cls: type) -> list[str]:
 def flatten(config: Section) -> dict[str, Any]:
     """Dotted name -> JSON-able value: {"compose.min_similarity": 0.2, ...}."""
     flat: dict[str, Any] = {}
-    for name in setting_types(type(config)):
+    for name, hint in setting_types(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, Section):
             flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
         else:
+            value = _as_floats(_options(hint), value)  # 1 and 1.0 are the same setting
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
 
@@ -119,7 +124,7 @@ def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:
 def read_yaml(path: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises: ValueError if it is missing or not a mapping."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         reason = e.strerror or str(e)
         raise ValueError(complain("config", "a readable YAML file", path, reason)) from e
@@ -162,9 +167,10 @@ def flag_names(cls: type, prefix: str = "") -> dict[str, str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`, or "" if none is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return found[0] if found else ""
+    """The known name most like `name`, whatever the case, or "" if none is near."""
+    by_folded = {other.casefold(): other for other in known}
+    found = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.5)
+    return by_folded[found[0]] if found else ""
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
         if dot:
             value = {tail: value}
         before = nested.get(head)
-        if isinstance(before, dict) and isinstance(value, Mapping):
+        if isinstance(before, dict) and isinstance(value, Mapping) and not before.keys() & value:
             before.update(value)
         elif head in nested:
             raise ValueError(complain(key, "given once", value, f"remove one of `{head}`"))
@@ -227,15 +233,24 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _coerce(hint: Any, value: Any) -> Any:
-    """YAML and JSON know no tuples, and a whole number may stand for a float."""
+    """YAML and JSON know no tuples, `1e-2` is a text to YAML, and 1 may stand for 1.0."""
     options = _options(hint)
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and float in options:
-        return value if int in options else float(value)
     if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
         return None
-    return value
+    if isinstance(value, str) and float in options:
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return _as_floats(options, value)
+
+
+def _as_floats(options: tuple[Any, ...], value: Any) -> Any:
+    """Whole numbers as floats where the setting is one, also inside a mapping."""
+    if isinstance(value, dict) and dict[str, float] in options:
+        return {k: _as_floats((float,), v) for k, v in value.items()}
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and float in options and int not in options else value
 
 
 def wrong_type(name: str, hint: Any, value: object) -> str:

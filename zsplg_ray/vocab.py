@@ -4,7 +4,7 @@ Enters: a SPEC as a user writes it (`voc`, `ade20k`, a text file, `cat,dog`). Le
 which travels as plain JSON inside every artefact, and the colour map of palette PNGs.
 
 Why this way: a data set's own names (`tvmonitor`, `diningtable`) are not the words that CLIP has
-read, so each class carries aliases besides its name; whoever embeds prompts averages over them.
+read, so each class carries aliases besides its name; a class is as similar as its best alias.
 Index 0 is "background" in every list, also for data sets that have no such class (Cityscapes,
 ADE20K): a pixel that no class claims has to go somewhere, and the numbering must not depend on the
 data set.

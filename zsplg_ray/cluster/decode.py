@@ -16,7 +16,7 @@ import ray
 
 from zsplg_ray.cluster.ledger import MAX_KILLS
 from zsplg_ray.images import ImageError, decode_image
-from zsplg_ray.sources import read_bytes
+from zsplg_ray.storage import read_bytes
 
 DECODED = pa.schema(
     [

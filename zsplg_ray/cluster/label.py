@@ -27,7 +27,7 @@ from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import start_ledger
 from zsplg_ray.cluster.parts import relabel_table
 from zsplg_ray.cluster.progress import Progress
-from zsplg_ray.cluster.session import Plan, plan_actors, ray_session
+from zsplg_ray.cluster.session import Plan, cluster_address, plan_actors, ray_session
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.labeler import Labeler, Naming
@@ -120,8 +120,8 @@ def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> 
     try:
         if len(todo):
             with ray_session(job.config.ray):
-                local = not (job.config.ray.address or ray.util.client.ray.is_connected())
-                plan = plan_actors(job.config.actors, ray.cluster_resources(), growing=not local)
+                growing = cluster_address(job.config.ray) != "local"
+                plan = plan_actors(job.config.actors, ray.cluster_resources(), growing)
                 job.folder.write_run(run)
                 label_blocks(job, todo, plan, progress)
         state = "complete"
@@ -164,6 +164,7 @@ def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> No
         zero_copy_batch=True,
         fn_kwargs={"max_px": job.config.max_pixels, "ledger": ledger},
         num_cpus=plan.decode_cpus,
+        ray_remote_args_fn=dict,  # keeps Ray from fusing this into the actors, which must not wait
     )
     dataset = dataset.map_batches(
         LabelActor,

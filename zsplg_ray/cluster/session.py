@@ -22,6 +22,11 @@ from zsplg_ray.settings import complain
 log = logging.getLogger(__name__)
 
 
+def cluster_address(config: RayConfig) -> str:
+    """The cluster's address; "local" is a Ray of our own, which cannot grow."""
+    return config.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
 @contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Use the running session if there is one, else connect or start Ray, and end it afterwards.
@@ -31,8 +36,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(config)
     talk = log.isEnabledFor(logging.DEBUG)
+    if not talk:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     local: dict[str, object] = {}
     if address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # nobody else's cluster: no need to yield

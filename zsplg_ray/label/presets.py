@@ -65,6 +65,11 @@ def clip_defaults(model: str) -> dict[str, Any]:
     """The keys of `CLIP_DEFAULTS` for a model; `shapes` brings its own."""
     if model != "shapes":
         return CLIP_DEFAULTS
-    from zsplg_ray.shapes.clip import SETTINGS
+    from zsplg_ray.shapes import clip as shapes_clip
+    SETTINGS = shapes_clip.SETTINGS
 
+    if "dense_side_px" in SETTINGS:  # TODO
+        SETTINGS = {"gem_depth": SETTINGS["gem_depth"], "dense_px": SETTINGS["dense_side_px"],
+            "templates": tuple(t.replace("{}", "{class}") for t in SETTINGS["templates"]),
+            "background": SETTINGS["background_prompts"]}
     return {**CLIP_DEFAULTS, **{k: v for k, v in SETTINGS.items() if k in CLIP_DEFAULTS}}

@@ -40,9 +40,11 @@ class MaskProposer:
 
         Args:
             image_HWC: uint8 RGB.
-            points_per_batch: Points decoded at a time; None: as configured. Fewer take less memory.
+            points_per_batch: Most points decoded at a time, never more than configured. Fewer take
+                less memory.
         """
-        self.generator.points_per_batch = points_per_batch or self.config.points_per_batch
+        most = self.config.points_per_batch
+        self.generator.points_per_batch = min(points_per_batch or most, most)
         with torch.inference_mode():
             records = self.generator.generate(image_HWC)
         return Segments.from_sam(records, image_HWC.shape[:2])

@@ -8,6 +8,7 @@ The tiny models of the embedded world take the very path that ViT-H and ViT-B-16
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
 import urllib.request
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
 from filelock import FileLock
@@ -85,7 +87,7 @@ def fetch(url: str, to: Path, sha256: str | None, size: int | None = None) -> Pa
         sha256: What its hash must be; None accepts any.
         size: Its size in bytes, to be told before the download starts.
 
-    Raises: ValueError if it cannot be fetched or its hash is another; nothing is left behind.
+    Raises: ValueError if it cannot be fetched or its hash is another; no part of it is kept.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{to}.lock"):
@@ -101,7 +103,7 @@ def fetch(url: str, to: Path, sha256: str | None, size: int | None = None) -> Pa
                 fix = f"{url} gave another file; download it again or give --sam-checkpoint"
                 raise ValueError(complain("weights", f"of SHA-256 {sha256}", found, fix))
             part.replace(to)
-        except OSError as e:
+        except (OSError, http.client.HTTPException, pa.ArrowException) as e:
             fix = "give a local file with --sam-checkpoint, or check the network"
             rule = "a file that can be downloaded"
             raise ValueError(complain("sam.checkpoint", rule, f"{url} ({e})", fix)) from e
@@ -115,6 +117,9 @@ def _copy(url: str, to: Path) -> None:
         with urllib.request.urlopen(url, timeout=60) as source, to.open("wb") as sink:
             while block := source.read(2**20):
                 sink.write(block)
+            told, got = source.headers.get("Content-Length"), sink.tell()
+        if told is not None and int(told) != got:
+            raise OSError(f"cut short after {got} of {told} bytes")
         return
     fs, path = pafs.FileSystem.from_uri(url)
     with fs.open_input_stream(path) as source, to.open("wb") as sink:

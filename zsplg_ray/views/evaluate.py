@@ -7,8 +7,9 @@ none is left out in silence: how many had no truth, and how many truths had no l
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from zsplg_ray.metrics import confusion, scores
 from zsplg_ray.records import decode_png
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
+from zsplg_ray.sources import image_key
 from zsplg_ray.vocab import ClassList, class_list
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ class Labels:
 
     ids: list[str]
     classes: ClassList | None
-    maps: Callable[[], Iterator[tuple[str, np.ndarray]]]
+    maps: Callable[[Container[str]], Iterator[tuple[str, np.ndarray]]]
+    """Yields the label maps of those of `ids` that it is asked for."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -51,26 +54,37 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if classes is None:
         fix = "add --classes SPEC: neither labels nor masks say what their numbers mean"
         raise ValueError(complain("classes", "given", "nothing", fix))
+    for source, theirs in (("labels", labels.classes), ("truth", truth.classes)):
+        check_same(classes, theirs, source)
     compared = [i for i in labels.ids if truth.has(i)]
     if not compared:
         example = f"labels such as {labels.ids[0]!r}" if labels.ids else "no labels"
         fix = f"masks are called such as {next(iter(truth.ids), 'nothing')!r}"
         raise ValueError(complain("truth", "masks of the labelled images", example, fix))
-    counts = count(labels.maps(), truth, len(classes))
+    counts = count(labels.maps(set(compared)), truth, len(classes))
     result = scores(counts, classes.names)
     result["images"] = len(compared)
     result["without_truth"] = len(labels.ids) - len(compared)
-    result["without_label"] = len(truth.ids) - len(compared)
+    result["without_label"] = len(set(truth.ids) - {image_key(i) for i in compared})
     result["classes"] = list(classes.names)
     return result
 
 
+def check_same(classes: ClassList, theirs: ClassList | None, source: str) -> None:
+    """Raise ValueError if labels or truth say that their numbers mean something else."""
+    if theirs is None or theirs.names == classes.names:
+        return
+    pairs = itertools.zip_longest(classes.names, theirs.names, fillvalue="nothing")
+    index, (ours, other) = next((k, p) for k, p in enumerate(pairs) if p[0] != p[1])
+    rule = f"those of the {source}, where class {index} is {other}"
+    fix = "bring labels and truth to one class list"
+    raise ValueError(complain("classes", rule, ours, fix))
+
+
 def count(maps: Iterable[tuple[str, np.ndarray]], truth: Truth, n_classes: int) -> np.ndarray:
-    """Confusion counts int64 [K, K + 1] over all label maps that have a truth."""
+    """Confusion counts int64 [K, K + 1] over label maps that all have a truth."""
     total = np.zeros((n_classes, n_classes + 1), np.int64)
     for image_id, label_HW in maps:
-        if not truth.has(image_id):
-            continue
         try:
             total += confusion(truth.read(image_id), label_HW, n_classes)
         except ValueError as e:
@@ -97,11 +111,16 @@ def open_labels(source: str) -> Labels:
         return parquet_labels(folder)
     masks = open_truth(source)
     ids = list(masks.ids)
-    return Labels(ids, masks.classes, lambda: ((i, masks.read(i)) for i in ids))
+    return Labels(
+        ids, masks.classes, lambda wanted: ((i, masks.read(i)) for i in ids if i in wanted)
+    )
 
 
 def parquet_labels(folder: RunFolder) -> Labels:
-    """The labels/ parts of a run, read one part at a time."""
+    """The labels/ parts of a run, read one part at a time.
+
+    In the folder of an interrupted run an image may stand twice: the first one counts.
+    """
     names = folder.parts("labels")
     by_part = folder.map_parts(
         names, lambda n: folder.read_part("labels", n, ["image_id"])["image_id"].to_pylist()
@@ -109,13 +128,22 @@ def parquet_labels(folder: RunFolder) -> Labels:
     meta = folder.part_meta("labels", names[0]) if names else {}
     classes = ClassList.from_dict(meta["classes"]) if "classes" in meta else None
 
-    def maps() -> Iterator[tuple[str, np.ndarray]]:
-        for name in names:
-            table = folder.read_part("labels", name, ["image_id", "label_png"])
-            for image_id, png in zip(*(c.to_pylist() for c in table.columns), strict=True):
-                yield image_id, decode_png(png)
+    part_of: dict[str, str] = {}
+    for name, ids in by_part.items():
+        for image_id in ids:
+            part_of.setdefault(image_id, name)
 
-    return Labels([i for ids in by_part.values() for i in ids], classes, maps)
+    def maps(wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for name, ids in by_part.items():
+            mine = {i for i in ids if i in wanted and part_of[i] == name}
+            if not mine:
+                continue
+            table = folder.read_part("labels", name, ["image_id", "label_png"])
+            for image_id, png in zip(*(table[c] for c in table.column_names), strict=True):
+                if image_id.as_py() in mine:
+                    yield image_id.as_py(), decode_png(png.as_py())
+
+    return Labels(list(part_of), classes, maps)
 
 
 def table(result: dict[str, Any]) -> str:

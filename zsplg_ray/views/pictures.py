@@ -16,7 +16,7 @@ from zsplg_ray.images import decode_image
 from zsplg_ray.masks import Truth
 from zsplg_ray.records import IGNORE, decode_png
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.sources import read_bytes
+from zsplg_ray.storage import read_bytes
 from zsplg_ray.vocab import ClassList, palette
 
 
@@ -38,29 +38,37 @@ def overlay(image_HWC: np.ndarray, label_HW: np.ndarray, strength: float = 0.6) 
     return np.rint(mixed).astype(np.uint8)
 
 
-def contact_sheet(
-    shots: Sequence[Shot], classes: ClassList, cell_px: int = 192
-) -> bytes:
-    """A PNG: per shot the image and its overlays side by side, and below a legend of the classes."""
+def contact_sheet(shots: Sequence[Shot], classes: ClassList, cell_px: int = 192) -> bytes:
+    """A PNG: per shot the image and its overlays side by side, and below them a legend."""
     columns = 1 + max((len(shot.maps) for shot in shots), default=1)
     pairs = 2 if len(shots) > 4 else 1
     lines = -(-len(shots) // pairs)
     legend = _legend(shots, classes, pairs * columns * cell_px)
     sheet = Image.new("RGB", (pairs * columns * cell_px, lines * cell_px + legend.height), "white")
-    for i, shot in enumerate(shots):
-        cells = [shot.image_HWC, *(overlay(shot.image_HWC, m) for m in shot.maps)]
-        for j, cell in enumerate(cells):
-            tile = Image.fromarray(cell)
-            tile.thumbnail((cell_px - 4, cell_px - 4))
-            if max(tile.size) < cell_px - 4:
-                grow = (cell_px - 4) / max(tile.size)
-                tile = tile.resize((round(tile.width * grow), round(tile.height * grow)), 0)
-            at = ((i % pairs * columns + j) * cell_px + 2, i // pairs * cell_px + 2)
-            sheet.paste(tile, at)
-    sheet.paste(legend, (0, lines * cell_px))
+    y = 0
+    for first in range(0, len(shots), pairs):
+        height = 0
+        for i, shot in enumerate(shots[first : first + pairs]):
+            cells = [shot.image_HWC, *(overlay(shot.image_HWC, m) for m in shot.maps)]
+            for j, cell in enumerate(cells):
+                tile = _fitted(cell, cell_px - 4)
+                sheet.paste(tile, ((i * columns + j) * cell_px + 2, y + 2))
+                height = max(height, tile.height + 4)
+        y += height
+    sheet.paste(legend, (0, y))
+    sheet = sheet.crop((0, 0, sheet.width, y + legend.height))
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
+
+
+def _fitted(cell_HWC: np.ndarray, side_px: int) -> Image.Image:
+    """Scaled so that the longer side is `side_px`; small images grow in whole pixels' look."""
+    tile = Image.fromarray(cell_HWC)
+    scale = side_px / max(tile.size)
+    size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    return tile.resize(size, how)
 
 
 def _legend(shots: Sequence[Shot], classes: ClassList, width: int) -> Image.Image:
@@ -84,9 +92,21 @@ def _legend(shots: Sequence[Shot], classes: ClassList, width: int) -> Image.Imag
     return legend
 
 
+def write_preview(folder: RunFolder) -> str | None:
+    """Put a contact sheet of a run's first images beside run.json; None if none can be read."""
+    run = folder.read_run()
+    if run is None or not folder.parts("labels"):
+        return None
+    sheet = run_sheet(folder, ClassList.from_dict(run["classes"]))
+    if sheet is None:
+        return None
+    folder.write_bytes("preview.png", sheet)
+    return "preview.png"
+
+
 def run_sheet(
     folder: RunFolder, classes: ClassList, truth: Truth | None = None, n: int = 12
-) -> bytes:
+) -> bytes | None:
     """A contact sheet of the first `n` images of a run whose files can still be read."""
     shots: list[Shot] = []
     for name in folder.parts("labels"):
@@ -102,4 +122,4 @@ def run_sheet(
             shots.append(Shot(image_HWC, tuple(maps)))
         if len(shots) >= n:
             break
-    return contact_sheet(shots, classes)
+    return contact_sheet(shots, classes) if shots else None
