@@ -9,6 +9,7 @@ the project's one form of an error. Heavy packages are imported by the verb that
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -139,7 +140,7 @@ def parse(cls: type[S], argv: Sequence[str], verb: str) -> S:
     SystemExit(0) after --help.
     """
     if {"-h", "--help"} & set(argv):
-        about = f"{cls.__doc__}\n\nExample: {EXAMPLES.get(verb, '')}\n\nAny setting may also stand "
+        about = f"{inspect.cleandoc(cls.__doc__ or str())}\n\nExample: {EXAMPLES.get(verb, '')}\n\nAny setting may also stand "
         about += "in a YAML file given as --config FILE.yaml; a flag wins over the file."
         tyro.cli(cls, prog=f"zsplg {verb}", description=about, args=["--help"])
     argv, file = _take_config(list(argv))

@@ -8,6 +8,7 @@ the stored segments depend on has changed.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from zsplg_ray.config import LabelConfig, RelabelConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain, fingerprint, flatten
 from zsplg_ray.vocab import ClassList
+
+log = logging.getLogger(__name__)
 
 NOT_IN_SEGMENTS = {"sam.checkpoint", "sam.points_per_batch", "clip.crop_batch"}
 """Settings of sam and clip that do not change the segments (the checkpoint counts by its hash)."""
@@ -85,6 +88,9 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
     old = folder.read_run()
     if old is None:
         return
+    source, now = old["config"]["images"], run["config"]["images"]
+    if source != now:
+        log.warning("images was %s in %s: images of the same id count as done", source, folder.uri)
     again = "give the same value, or another --out"
     if old["labels_state"] != "complete":
         fix = f"run `zsplg relabel --run {folder.uri}` to finish it"

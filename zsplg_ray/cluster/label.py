@@ -32,7 +32,7 @@ from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.labeler import Labeler, Naming
 from zsplg_ray.label.presets import resolve_label
-from zsplg_ray.label.weights import load_clip, sam_checkpoint, sha256_file, state_sha256
+from zsplg_ray.label.weights import check_sam, load_clip, sha256_file, state_sha256
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import describe_run, part_meta, refuse_other_run
 from zsplg_ray.settings import WorkError, complain
@@ -81,7 +81,7 @@ def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str
 
     Raises: ValueError if weights cannot be had or a setting does not fit them.
     """
-    checkpoint = sam_checkpoint(resolved.sam)
+    checkpoint = check_sam(resolved.sam)
     model, tokenizer = load_clip(resolved.clip)
     encoder = ClipEncoder(model, tokenizer, resolved.clip)
     bank = encoder.encode_classes(classes, resolved.prompts)
@@ -130,19 +130,29 @@ def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> 
         raise
     finally:
         progress.close()
-        if len(todo) == 0 or job.folder.read_run() is not None:
-            after = job.folder.repair()
-            run["state"] = state
-            run["counts"] = {
-                "images": progress.total,
-                "labelled": len(after.done),
-                "quarantined": len(after.failed),
-                "skipped_as_done": progress.skipped,
-                "labelled_now": progress.labelled,
-            }
-            run["seconds"] = round(time.monotonic() - began, 3)
-            run["images_per_s"] = round(progress.rate(), 3)
-            job.folder.write_run(run)
+        run["state"] = state
+        run["seconds"] = round(time.monotonic() - began, 3)
+        run["images_per_s"] = round(progress.rate(), 3)
+        if not len(todo) or job.folder.read_run() is not None:
+            _settle(job.folder, run, progress)
+
+
+def _settle(folder: RunFolder, run: dict[str, Any], progress: Progress) -> None:
+    """Mend what a crash may have left, count, and write run.json; never hides why work failed."""
+    try:
+        after = folder.repair()
+        run["counts"] = {
+            "images": progress.total,
+            "labelled": len(after.done),
+            "quarantined": len(after.failed),
+            "skipped_as_done": progress.skipped,
+            "labelled_now": progress.labelled,
+        }
+        folder.write_run(run)
+    except OSError as e:
+        if run["state"] == "complete":
+            raise WorkError(f"run.json could not be written: {e}") from e
+        log.warning("run.json could not be written: %s", e)
 
 
 def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> None:

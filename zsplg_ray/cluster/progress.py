@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, total: int, skipped: int = 0, show: bool = True) -> None:
         self.total, self.skipped, self.show = total, skipped, show
         self.labelled = self.failed = 0
-        self.began = time.monotonic()
+        self.began = self.last = time.monotonic()
         self.first: tuple[float, int] | None = None
         self._told = 0.0
         self._terminal = sys.stderr.isatty()
@@ -27,7 +27,7 @@ class Progress:
         """Some more images are through."""
         self.labelled += labelled
         self.failed += failed
-        now = time.monotonic()
+        now = self.last = time.monotonic()
         if self.first is None:
             self.first = (now, self.labelled + self.failed)
         if now - self._told >= (0.2 if self._terminal else 10.0):
@@ -38,10 +38,10 @@ class Progress:
         """Images a second since the first ones came in, so without the loading of models."""
         if self.first is None:
             return 0.0
-        seconds = time.monotonic() - self.first[0]
+        seconds = self.last - self.first[0]
         count = self.labelled + self.failed - self.first[1]
         if count <= 0 or seconds <= 0:
-            seconds, count = time.monotonic() - self.began, self.labelled + self.failed
+            seconds, count = self.last - self.began, self.labelled + self.failed
         return count / seconds if seconds > 0 else 0.0
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ def _relabel_parts(
         if made_with.get(name, {}).get("labels_fingerprint") != new
     ]
     meta = part_meta(run)
-    progress = Progress(0, show=not config.quiet)
+    progress = Progress(run["counts"]["labelled"], show=not config.quiet)
 
     def relabel_part(row: dict[str, Any]) -> dict[str, Any]:
         labels = relabel_table(folder.read_part("segments", row["item"]), naming)
@@ -102,6 +102,5 @@ def _relabel_parts(
             except ray.exceptions.RayError as e:
                 told = str(e).strip().splitlines()[-1]
                 raise WorkError(f"relabelling stopped ({told}); run it again to go on") from e
-    progress.total = progress.labelled
     progress.close()
     return round(time.monotonic() - began, 3)

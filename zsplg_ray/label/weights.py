@@ -12,6 +12,7 @@ import http.client
 import logging
 import os
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,19 +162,32 @@ def load_sam(config: SamConfig, device: str = "cpu") -> Sam:
 
     Raises: ValueError if the checkpoint is missing, unreadable, or of another model.
     """
-    path = sam_checkpoint(config)
+    path = check_sam(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         sam = _sam_builders()[config.model]()
     if path is not None:
-        try:
-            sam.load_state_dict(read_state(path))
-        except (RuntimeError, TypeError, AttributeError) as e:
-            fix = "give the file that belongs to --sam, or another --sam"
-            rule = f"the weights of {config.model}"
-            first = str(e).splitlines()[0]
-            raise ValueError(complain("sam.checkpoint", rule, f"{path} ({first})", fix)) from e
+        sam.load_state_dict(read_state(path))
     return sam.eval().requires_grad_(False).to(device)
+
+
+def check_sam(config: SamConfig) -> Path | None:
+    """The file of `sam_checkpoint`, once its names and shapes were looked at; nothing is computed.
+
+    Raises: ValueError if there is no checkpoint or if it belongs to another model.
+    """
+    path = sam_checkpoint(config)
+    if path is None:
+        return None
+    with torch.device("meta"):
+        wanted = {k: v.shape for k, v in _sam_builders()[config.model]().state_dict().items()}
+    found = {k: v.shape for k, v in read_state(path).items()}
+    if wanted != found:
+        wrong = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
+        told = f"{path} (differs in {len(wrong)} tensors, such as {wrong[0]})"
+        fix = "give the file that belongs to --sam, or another --sam"
+        raise ValueError(complain("sam.checkpoint", f"the weights of {config.model}", told, fix))
+    return path
 
 
 def _sam_builders() -> dict[str, Callable[..., Sam]]:
@@ -191,7 +205,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            zipped = zipfile.is_zipfile(path)  # what torch >= 1.6 writes; then nothing is copied
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     except Exception as e:  # each reader has exceptions of its own
         fix = "download it again; only plain tensors are read, never code"

@@ -1,0 +1,34 @@
+"""One small Ray session for each test module of this folder."""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import ray
+
+from zsplg_ray.shapes.scenes import write_voc
+
+
+@pytest.fixture(scope="module")
+def ray_local():
+    """Four logical CPUs, whatever the machine has."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """24 scenes in VOC layout."""
+    folder = tmp_path_factory.mktemp("world") / "scenes"
+    write_voc(folder, 24, seed=0)
+    return folder

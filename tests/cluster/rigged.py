@@ -1,0 +1,76 @@
+"""Labelers that misbehave on purpose, and a driver to kill: `python -m tests.cluster.rigged`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from zsplg_ray.cluster.label import label
+from zsplg_ray.config import LabelConfig
+from zsplg_ray.label.labeler import Labeler
+from zsplg_ray.label.segments import Segments
+from zsplg_ray.settings import from_mapping
+
+
+def config(images, out, **changes) -> LabelConfig:
+    """The tiny models with few points: quick, and still the real thing."""
+    values = {"images": str(images), "out": str(out), "classes": "shapes", "quiet": True}
+    sam = {"sam.model": "shapes", "clip.model": "shapes", "sam.points_per_side": 4}
+    return from_mapping(LabelConfig, {**values, **sam, **changes})
+
+
+class Killing:
+    """Kills its own process on images that are one pure red, and fails on pure green ones."""
+
+    def __init__(self, inner: Labeler) -> None:
+        self.inner = inner
+
+    def label(self, image_HWC: np.ndarray):
+        if (image_HWC == (255, 0, 0)).all():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (image_HWC == (0, 255, 0)).all():
+            raise ArithmeticError("green\nand more")
+        return self.inner.label(image_HWC)
+
+
+def load_killing(config, naming, device):
+    return Killing(Labeler.load(config, naming, device))
+
+
+class Blind:
+    """Finds nothing."""
+
+    def propose(self, image_HWC: np.ndarray, points_per_batch: int | None = None) -> Segments:
+        return Segments.from_sam([], image_HWC.shape[:2])
+
+
+def load_blind(config, naming, device):
+    return Labeler(Blind(), Labeler.load(config, naming, device).embedder, naming)
+
+
+class Counting:
+    """Notes every image that it labels, and its process, in a file."""
+
+    def __init__(self, inner: Labeler, path: str) -> None:
+        self.inner, self.path = inner, path
+
+    def label(self, image_HWC: np.ndarray):
+        with Path(self.path).open("a") as notes:
+            notes.write(json.dumps({"pid": os.getpid(), "image": hash(image_HWC.tobytes())}) + "\n")
+        return self.inner.label(image_HWC)
+
+
+class LoadCounting:
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __call__(self, config, naming, device):
+        return Counting(Labeler.load(config, naming, device), self.path)
+
+
+if __name__ == "__main__":
+    images, out, notes = sys.argv[1:4]
+    label(config(images, out, **json.loads(sys.argv[4])), load=LoadCounting(notes))
