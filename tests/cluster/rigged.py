@@ -51,6 +51,12 @@ def load_blind(config, naming, device):
     return Labeler(Blind(), Labeler.load(config, naming, device).embedder, naming)
 
 
+def load_others(config, naming, device):
+    labeler = Labeler.load(config, naming, device)
+    labeler.weights = {"sam": "another file", "clip": "another file"}
+    return labeler
+
+
 class Counting:
     """Notes every image that it labels, and its process, in a file."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.rigged import LoadCounting, config, load_blind, load_killing
+from tests.cluster.rigged import LoadCounting, config, load_blind, load_killing, load_others
 from zsplg_ray.cluster.label import label, prepare
 from zsplg_ray.images import decode_image
 from zsplg_ray.label.labeler import Labeler
@@ -165,3 +165,10 @@ def test_only_one_run_at_a_time(tmp_path):
     folder = RunFolder(str(tmp_path / "run"))
     with only_run(folder), pytest.raises(ValueError, match="one run at a time"):
         label(config(images, tmp_path / "run"))
+
+
+def test_other_weights_on_a_node_than_on_the_driver_are_refused(tmp_path):
+    images = fill(tmp_path / "images", {"a": (1, 2, 3)})
+    with pytest.raises(WorkError, match=r"weights must be those of the driver"):
+        label(config(images, tmp_path / "run"), load=load_others)
+    assert not (tmp_path / "run" / "segments").exists()

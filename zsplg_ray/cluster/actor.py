@@ -25,6 +25,7 @@ from zsplg_ray.cluster.session import Plan
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.labeler import Labeler, Naming
 from zsplg_ray.rundir import RunFolder
+from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Job:
     naming: Naming
     folder: RunFolder
     meta: dict[str, Any]
+    weights: dict[str, str]
     load: Load
 
 
@@ -52,6 +54,10 @@ class LabelActor:
         if device == "cpu":
             torch.set_num_threads(plan.threads)
         self.labeler = retrying(lambda: job.load(job.config, job.naming, device))
+        found = getattr(self.labeler, "weights", None)
+        if found not in (None, job.weights):
+            rule = f"those of the driver, {job.weights}"
+            raise ValueError(complain("weights", rule, found, "give every node the same files"))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Label a block of `decode.DECODED` rows; returns one row of counts."""

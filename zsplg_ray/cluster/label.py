@@ -32,7 +32,7 @@ from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.labeler import Labeler, Naming
 from zsplg_ray.label.presets import resolve_label
-from zsplg_ray.label.weights import check_sam, load_clip, sha256_file, state_sha256
+from zsplg_ray.label.weights import check_sam, load_clip, sam_sha256, state_sha256
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import describe_run, part_meta, refuse_other_run
 from zsplg_ray.settings import WorkError, complain
@@ -71,7 +71,7 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
             folder.write_part("labels", name, labels, part_meta(run))
         todo = folder.anti_join(manifest, found.done)
         progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
-        job = Job(resolved, naming, folder, part_meta(run), load)
+        job = Job(resolved, naming, folder, part_meta(run), weights, load)
         _work(job, todo, run, progress)
     return run
 
@@ -81,14 +81,13 @@ def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str
 
     Raises: ValueError if weights cannot be had or a setting does not fit them.
     """
-    checkpoint = check_sam(resolved.sam)
+    check_sam(resolved.sam)
     model, tokenizer = load_clip(resolved.clip)
     encoder = ClipEncoder(model, tokenizer, resolved.clip)
     bank = encoder.encode_classes(classes, resolved.prompts)
     naming = Naming(classes, bank, resolved.compose)
     naming.check()
-    sam = sha256_file(checkpoint) if checkpoint else "random"
-    return naming, {"sam": sam, "clip": state_sha256(model)}
+    return naming, {"sam": sam_sha256(resolved.sam), "clip": state_sha256(model)}
 
 
 @contextlib.contextmanager

@@ -94,14 +94,42 @@ def gem_tokens(model: open_clip.CLIP, image_BCHW: Tensor, *, gem_depth: int = 7)
     """
     visual = _check_tower(model)
     _check_image(visual, image_BCHW)
+    return gem_streams(visual, embed_patches(visual, image_BCHW), gem_depth=gem_depth)
+
+
+def embed_patches(visual: VisionTransformer, image_BCHW: Tensor) -> Tensor:
+    """Class token and patches with their positions, B x N x E, ready for the first block.
+
+    Args:
+        visual: Image tower; patch dropout is left out, as a map needs every patch.
+        image_BCHW: see `dense_features`.
+    """
+    patch_BEHW = visual.conv1(image_BCHW)
+    patch_BNE = patch_BEHW.flatten(2).transpose(1, 2)
+    class_B1E = visual.class_embedding.to(patch_BNE.dtype).expand(len(patch_BNE), 1, -1)
+    position_NE = _position(visual, tuple(patch_BEHW.shape[2:]))
+    return visual.ln_pre(torch.cat([class_B1E, patch_BNE], 1) + position_NE.to(patch_BNE.dtype))
+
+
+def gem_streams(visual: VisionTransformer, token_BNE: Tensor, *, gem_depth: int) -> DenseTokens:
+    """Both streams from embedded tokens on, of which a part may have been left out.
+
+    Args:
+        visual: Image tower.
+        token_BNE: From `embed_patches`, the class token first.
+        gem_depth: see `dense_features`.
+
+    Raises:
+        ValueError: Depth out of range.
+    """
     blocks: Any = visual.transformer.resblocks
     if not 1 <= gem_depth <= len(blocks):
         raise ValueError(
             f"gem_depth must be 1 to {len(blocks)}, the number of blocks, got {gem_depth}; "
             "7 is usual for 12 blocks"
         )
-    plain_BNE = _embed(visual, image_BCHW)
     n_ordinary = len(blocks) - (gem_depth - 1)
+    plain_BNE = token_BNE
     for block in blocks[:n_ordinary]:
         plain_BNE = _ordinary_block(block, plain_BNE)
     gem_BNE = plain_BNE
@@ -149,15 +177,6 @@ def _check_image(visual: VisionTransformer, image_BCHW: Tensor) -> None:
             "image_BCHW must be B x 3 x H x W with H, W multiples of the patch "
             f"{patch_h} x {patch_w}, got {' x '.join(map(str, shape))}; resize or pad the image"
         )
-
-
-def _embed(visual: VisionTransformer, image_BCHW: Tensor) -> Tensor:
-    """Patches and class token with positions, before the blocks; no patch is ever dropped."""
-    patch_BEHW = visual.conv1(image_BCHW)
-    patch_BNE = patch_BEHW.flatten(2).transpose(1, 2)
-    class_B1E = visual.class_embedding.to(patch_BNE.dtype).expand(len(patch_BNE), 1, -1)
-    position_NE = _position(visual, tuple(patch_BEHW.shape[2:]))
-    return visual.ln_pre(torch.cat([class_B1E, patch_BNE], 1) + position_NE.to(patch_BNE.dtype))
 
 
 def _position(visual: VisionTransformer, grid_hw: tuple[int, ...]) -> Tensor:

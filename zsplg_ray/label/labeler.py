@@ -23,7 +23,7 @@ from zsplg_ray.label.compose import Composed, compose, minimum_scores
 from zsplg_ray.label.sam import MaskProposer
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.label.textbank import TextBank
-from zsplg_ray.label.weights import load_clip, load_sam
+from zsplg_ray.label.weights import load_clip, load_sam, sam_sha256, state_sha256
 from zsplg_ray.vocab import ClassList
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,9 @@ class OutOfMemory(RuntimeError):
 class Labeler:
     """Segments and names one image at a time, and retries in smaller steps if memory runs out."""
 
+    weights: dict[str, str] | None = None
+    """SHA-256 of the weights of sam and clip, as `load` found them; None if parts are given."""
+
     def __init__(self, proposer: Proposer, embedder: Embedder, naming: Naming) -> None:
         self.proposer, self.embedder, self.naming = proposer, embedder, naming
 
@@ -78,7 +81,9 @@ class Labeler:
         """SAM and CLIP as a resolved config names them (see presets.resolve_label)."""
         model, tokenizer = load_clip(config.clip, device)
         encoder = ClipEncoder(model, tokenizer, config.clip, device)
-        return cls(MaskProposer(load_sam(config.sam, device), config.sam), encoder, naming)
+        labeler = cls(MaskProposer(load_sam(config.sam, device), config.sam), encoder, naming)
+        labeler.weights = {"sam": sam_sha256(config.sam), "clip": state_sha256(model)}
+        return labeler
 
     def label(self, image_HWC: np.ndarray) -> tuple[Segments, Composed]:
         """Segments with float16 embeddings, and the labels composed from them.

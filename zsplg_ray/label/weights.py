@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import logging
 import os
+import pickle
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -157,6 +158,12 @@ def sam_checkpoint(config: SamConfig) -> Path | None:
     return path
 
 
+def sam_sha256(config: SamConfig) -> str:
+    """SHA-256 of SAM's checkpoint, or "random"."""
+    path = sam_checkpoint(config)
+    return sha256_file(path) if path else "random"
+
+
 def load_sam(config: SamConfig, device: str = "cpu") -> Sam:
     """SAM with its weights, in eval mode.
 
@@ -210,9 +217,15 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     except Exception as e:  # each reader has exceptions of its own
         fix = "download it again; only plain tensors are read, never code"
-        first = (str(e).splitlines() or [type(e).__name__])[0]
         name, rule = "sam.checkpoint", "a .pth or .safetensors state dict"
-        raise ValueError(complain(name, rule, f"{path} ({first})", fix)) from e
+        raise ValueError(complain(name, rule, f"{path} ({_in_short(e)})", fix)) from e
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of what a reader of weights says."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is cut short or holds other things than tensors"  # torch would advise to run it
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 # CLIP --------------------------------------------------------------------------------------------
@@ -260,10 +273,10 @@ def load_clip(config: ClipConfig, device: str = "cpu") -> tuple[Any, Any]:
             )
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as e:  # open_clip and the hub client raise many kinds
-        first = (str(e).splitlines() or [type(e).__name__])[0]
         fix = "check the network, or give MODEL/FILE or local-dir:PATH"
         rule = "a model whose weights can be loaded"
-        raise ValueError(complain("clip.model", rule, f"{config.model} ({first})", fix)) from e
+        shown = f"{config.model} ({_in_short(e)})"
+        raise ValueError(complain("clip.model", rule, shown, fix)) from e
     return model.eval().requires_grad_(False), tokenizer
 
 
