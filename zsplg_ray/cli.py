@@ -140,8 +140,9 @@ def parse(cls: type[S], argv: Sequence[str], verb: str) -> S:
     SystemExit(0) after --help.
     """
     if {"-h", "--help"} & set(argv):
-        about = f"{inspect.cleandoc(cls.__doc__ or str())}\n\nExample: {EXAMPLES.get(verb, '')}\n\nAny setting may also stand "
-        about += "in a YAML file given as --config FILE.yaml; a flag wins over the file."
+        about = inspect.cleandoc(cls.__doc__ or "")
+        about += f"\n\nExample: {EXAMPLES.get(verb, '')}\n\nAny setting may also stand in a YAML "
+        about += "file given as --config FILE.yaml; a flag wins over the file."
         tyro.cli(cls, prog=f"zsplg {verb}", description=about, args=["--help"])
     argv, file = _take_config(list(argv))
     flags = flag_names(cls)

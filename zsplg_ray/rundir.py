@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -67,7 +66,8 @@ class RunFolder:
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunFolder, (self.uri,)
+        # Absolute: another process may have another working directory.
+        return RunFolder, (self.path if "://" not in self.uri else self.uri,)
 
     # One file --------------------------------------------------------------------------------
 
@@ -253,8 +253,8 @@ class RunFolder:
 
     def anti_join(self, manifest: pa.Table, done: set[str]) -> pa.Table:
         """The rows of a manifest whose image_id is not in `done`."""
-        known = pc.is_in(manifest["image_id"], value_set=pa.array(sorted(done), pa.string()))
-        return manifest.filter(pc.invert(known))
+        missing = [image_id not in done for image_id in manifest["image_id"].to_pylist()]
+        return manifest.filter(pa.array(missing, pa.bool_()))
 
 
 def _first_time(ids: Iterable[str], seen: set[str]) -> list[bool]:

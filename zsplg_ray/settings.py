@@ -174,13 +174,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys become nested mappings; `sam: vit_b` becomes `sam: {model: vit_b}` later."""
+    """Dotted keys become nested mappings; beside those `sam: vit_b` is `sam: {model: vit_b}`."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         head, dot, tail = key.partition(".")
         if dot:
             value = {tail: value}
         before = nested.get(head)
+        if isinstance(before, str) and isinstance(value, Mapping):
+            nested[head] = before = {"model": before}
+        elif isinstance(before, dict) and isinstance(value, str):
+            value = {"model": value}
         if isinstance(before, dict) and isinstance(value, Mapping) and not before.keys() & value:
             before.update(value)
         elif head in nested:
@@ -249,8 +253,9 @@ def _as_floats(options: tuple[Any, ...], value: Any) -> Any:
     """Whole numbers as floats where the setting is one, also inside a mapping."""
     if isinstance(value, dict) and dict[str, float] in options:
         return {k: _as_floats((float,), v) for k, v in value.items()}
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and float in options and int not in options else value
+    if isinstance(value, int) and not isinstance(value, bool) and int not in options:
+        return float(value) if float in options else value
+    return value
 
 
 def wrong_type(name: str, hint: Any, value: object) -> str:

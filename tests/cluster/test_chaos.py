@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ class Driver:
     def calls(self) -> list[dict]:
         """One entry for every image that any actor started on."""
         try:
-            with open(self.notes) as lines:
+            with Path(self.notes).open() as lines:
                 return [json.loads(line) for line in lines]
         except FileNotFoundError:
             return []
@@ -42,7 +43,7 @@ class Driver:
         goal = len(self.calls()) + more
         deadline = time.monotonic() + 240
         while len(self.calls()) < goal:
-            assert self.process.poll() is None, self.process.stderr.read().decode()[-2000:]
+            assert self.process.poll() is None, self.process.communicate()[1].decode()[-2000:]
             assert time.monotonic() < deadline, "the run does not get on"
             time.sleep(0.02)
         return self.calls()[-1]["pid"]
@@ -69,7 +70,9 @@ def test_three_drivers_and_two_actors_killed_in_a_run_of_200_images(tmp_path, ca
     ids = {kind: folder.read(kind, ["image_id"]) for kind in ("segments", "labels", "errors")}
     assert ids["errors"] is None or len(ids["errors"]) == 0
     for kind in ("segments", "labels"):
-        found = ids[kind]["image_id"].to_pylist()
+        table = ids[kind]
+        assert table is not None
+        found = table["image_id"].to_pylist()
         assert len(found) == 200 and len(set(found)) == 200
     recomputed = len(last.calls()) - 200
     with capsys.disabled():

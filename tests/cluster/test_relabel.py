@@ -20,6 +20,12 @@ def settings(run, **changes) -> RelabelConfig:
     return from_mapping(RelabelConfig, {"run": str(run), "quiet": True, **stored, **changes})
 
 
+def run_json(run):
+    content = RunFolder(str(run)).read_run()
+    assert content is not None
+    return content
+
+
 def labels(run):
     table = RunFolder(str(run)).read("labels")
     assert table is not None
@@ -47,7 +53,7 @@ def test_the_same_settings_give_the_same_bytes(first, run):
         RunFolder(str(run)).delete_part("labels", name)  # and lost labels come back
     made = relabel(settings(run))
     assert labels(run) == labels(first)
-    assert made["labels_fingerprint"] == RunFolder(str(first)).read_run()["labels_fingerprint"]
+    assert made["labels_fingerprint"] == run_json(first)["labels_fingerprint"]
 
 
 def test_other_settings_are_as_if_labelled_with_them(scenes, run, tmp_path):
@@ -97,7 +103,7 @@ def test_scores_of_a_run(scenes, first):
     result = evaluate(EvaluateConfig(labels=str(first), truth=str(scenes)))
     assert result["images"] == 24 and result["coverage"] == 1.0
     assert 0.1 < result["miou"] < 1.0
-    assert list(result["iou"]) == RunFolder(str(first)).read_run()["classes"]["names"]
+    assert list(result["iou"]) == run_json(first)["classes"]["names"]
 
 
 def test_bad_input(run, tmp_path):

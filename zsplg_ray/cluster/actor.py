@@ -19,17 +19,17 @@ import pyarrow as pa
 import ray
 import torch
 
-from zsplg_ray.cluster.ledger import MAX_KILLS
+from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
 from zsplg_ray.cluster.parts import PartWriter
 from zsplg_ray.cluster.session import Plan
 from zsplg_ray.config import LabelConfig
-from zsplg_ray.label.labeler import Labeler, Naming
+from zsplg_ray.label.labeler import LabelsImages, Naming
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[LabelConfig, Naming, str], Labeler]
+Load = Callable[[LabelConfig, Naming, str], LabelsImages]
 """What an actor loads: (resolved config, naming, device) -> something that labels."""
 
 
@@ -48,7 +48,7 @@ class Job:
 class LabelActor:
     """One process with SAM and CLIP: decoded images in, written parts and counts out."""
 
-    def __init__(self, job: Job, plan: Plan, ledger: ray.actor.ActorHandle) -> None:
+    def __init__(self, job: Job, plan: Plan, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
         device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
         if device == "cpu":
@@ -85,7 +85,7 @@ class LabelActor:
         """Rows (without pixels) that are not written yet, suspects last, with their deaths."""
         rows = block.drop_columns(["rgb"]).to_pylist()
         ids = [row["image_id"] for row in rows]
-        deaths = ray.get(self.ledger.open.remote("label", ids))
+        deaths = self.ledger.open("label", ids)
         todo = [{**row, "index": i} for i, row in enumerate(rows) if row["image_id"] in deaths]
         for row in sorted(todo, key=lambda row: deaths[row["image_id"]]):
             yield row, deaths[row["image_id"]]
@@ -98,19 +98,18 @@ class LabelActor:
             error = f"killed its process {deaths} times; see whether memory or a library fails"
             to.fail(image, "label", error)
             return
-        ray.get(self.ledger.begin.remote("label", image["image_id"]))
+        self.ledger.begin("label", image["image_id"])
         try:
             to.add(image, *self.labeler.label(pixels(block, image)))
         except Exception as e:  # one bad image never stops the rest
             to.fail(image, "label", f"{type(e).__name__}: {e}", traceback.format_exc())
-        self.ledger.finish.remote("label", [image["image_id"]])
+        self.ledger.finish("label", image["image_id"])
 
     def _commit(self, writer: PartWriter) -> None:
         ids = writer.ids
-        # An actor that outlived its driver fails here, before it writes beside the driver's heir.
-        ray.get(self.ledger.finish.remote("label", ids))
+        self.ledger.open("label", ids)  # fails if the driver is gone: its heir may be at work here
         writer.write()
-        ray.get(self.ledger.commit.remote(ids))
+        self.ledger.commit(ids)
 
 
 def pixels(block: pa.Table, image: dict[str, Any]) -> np.ndarray:
@@ -126,7 +125,7 @@ def pick_device(asked: str, has_gpu: bool) -> str:
     return "cuda" if has_gpu and torch.cuda.is_available() else "cpu"
 
 
-def retrying(make: Callable[[], Labeler], times: int = 3) -> Labeler:
+def retrying(make: Callable[[], LabelsImages], times: int = 3) -> LabelsImages:
     """Loading may fail for a moment (a busy disk, a download); Ray would give up at once."""
     for left in reversed(range(times)):
         try:

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import ray
 
-from zsplg_ray.cluster.ledger import MAX_KILLS
+from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
 from zsplg_ray.images import ImageError, decode_image
 from zsplg_ray.storage import read_bytes
 
@@ -33,21 +32,19 @@ DECODED = pa.schema(
 """One row an image: uint8 RGB pixels in `rgb`, or stage and error with `rgb` null."""
 
 
-def decode_block(
-    block: pa.Table, *, max_px: int, ledger: ray.actor.ActorHandle
-) -> Iterator[pa.Table]:
+def decode_block(block: pa.Table, max_px: int, ledger: Ledger) -> Iterator[pa.Table]:
     """Decode the images of one manifest block, one table of `DECODED` an image."""
     rows = block.to_pylist()
-    deaths = ray.get(ledger.open.remote("decode", [row["image_id"] for row in rows]))
+    deaths = ledger.open("decode", [row["image_id"] for row in rows])
     for row in rows:
         image_id = row["image_id"]
         if deaths.get(image_id, 0) >= MAX_KILLS:
             error = f"killed its process {deaths[image_id]} times while it was read"
             yield _table(row, stage="decode", error=error)
             continue
-        ray.get(ledger.begin.remote("decode", image_id))
+        ledger.begin("decode", image_id)
         yield _decoded(row, max_px)
-        ledger.finish.remote("decode", [image_id])
+        ledger.finish("decode", image_id)
 
 
 def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:

@@ -12,6 +12,7 @@ images added since, and tries failed ones again. No line here differs between la
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -21,10 +22,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 from filelock import FileLock, Timeout
+from ray.exceptions import RayError
 
 from zsplg_ray.cluster.actor import Job, LabelActor, Load
 from zsplg_ray.cluster.decode import decode_block
-from zsplg_ray.cluster.ledger import start_ledger
+from zsplg_ray.cluster.ledger import Ledger
 from zsplg_ray.cluster.parts import relabel_table
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import Plan, cluster_address, plan_actors, ray_session
@@ -165,13 +167,12 @@ def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> No
     blocks = [
         todo.take(pa.array(range(i, min(i + size, len(todo))))) for i in range(0, len(todo), size)
     ]
-    ledger = start_ledger()
+    ledger = Ledger.start()
     dataset = ray.data.from_arrow(blocks).map_batches(
-        decode_block,
+        functools.partial(decode_block, max_px=job.config.max_pixels, ledger=ledger),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        fn_kwargs={"max_px": job.config.max_pixels, "ledger": ledger},
         num_cpus=plan.decode_cpus,
         ray_remote_args_fn=dict,  # keeps Ray from fusing this into the actors, which must not wait
     )
@@ -186,15 +187,15 @@ def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> No
         num_gpus=plan.gpus,
     )
     try:
-        for counts in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            progress.add(sum(counts["labelled"].to_pylist()), sum(counts["failed"].to_pylist()))
+        for counts in dataset.iter_rows():
+            progress.add(counts["labelled"], counts["failed"])
             limit = job.config.max_errors
             if limit is not None and progress.failed > limit:
                 raise WorkError(
                     f"max_errors must be >= the images that fail, got {limit}; "
                     f"{progress.failed} failed so far, see {job.folder.uri}/errors"
                 )
-    except ray.exceptions.RayError as e:
+    except RayError as e:
         raise WorkError(f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}") from e
     finally:
-        ray.kill(ledger)
+        ledger.close()

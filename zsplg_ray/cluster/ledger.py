@@ -12,16 +12,17 @@ a clean sheet, for then the images under way were not to blame.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 MAX_KILLS = 2
 """Deaths of its process after which an image is quarantined."""
 
 
 class LedgerBook:
-    """The book itself, plain Python; `start_ledger` makes it an actor."""
+    """The book itself, plain Python; `Ledger.start` makes it an actor."""
 
     def __init__(self) -> None:
         self.begun: Counter[tuple[str, str]] = Counter()
@@ -35,18 +36,45 @@ class LedgerBook:
         """Note that work starts on one image."""
         self.begun[stage, image_id] += 1
 
-    def finish(self, stage: str, image_ids: Iterable[str]) -> None:
-        """These images are through this stage, well or badly, with their process alive."""
-        for image_id in image_ids:
-            self.begun.pop((stage, image_id), None)
+    def finish(self, stage: str, image_id: str) -> None:
+        """This image is through this stage, well or badly, with its process alive."""
+        self.begun.pop((stage, image_id), None)
 
     def commit(self, image_ids: list[str]) -> None:
         """The rows of these images stand in the run's folder."""
         self.committed.update(image_ids)
 
 
-def start_ledger() -> ray.actor.ActorHandle:
-    """A ledger as an actor on the driver's own node: it dies with the driver and not before."""
-    here = ray.get_runtime_context().get_node_id()
-    stay = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
-    return ray.remote(LedgerBook).options(num_cpus=0, scheduling_strategy=stay).remote()
+class Ledger:
+    """A worker's handle on the book, which is an actor on the driver's node: it dies with the
+    driver and not before, and then every call here raises.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    @classmethod
+    def start(cls) -> Ledger:
+        """A new ledger; to be called by the driver."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return cls(ray.remote(LedgerBook).options(num_cpus=0, scheduling_strategy=here).remote())
+
+    def open(self, stage: str, image_ids: list[str]) -> dict[str, int]:
+        """See LedgerBook.open."""
+        return ray.get(self._handle.open.remote(stage, image_ids))
+
+    def begin(self, stage: str, image_id: str) -> None:
+        """See LedgerBook.begin; returns when it is noted."""
+        ray.get(self._handle.begin.remote(stage, image_id))
+
+    def finish(self, stage: str, image_id: str) -> None:
+        """See LedgerBook.finish; does not wait, since calls of one worker keep their order."""
+        self._handle.finish.remote(stage, image_id)
+
+    def commit(self, image_ids: list[str]) -> None:
+        """See LedgerBook.commit; returns when it is noted."""
+        ray.get(self._handle.commit.remote(image_ids))
+
+    def close(self) -> None:
+        """End the ledger."""
+        ray.kill(self._handle)

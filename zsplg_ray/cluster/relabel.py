@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from zsplg_ray.cluster.label import only_run
 from zsplg_ray.cluster.parts import relabel_table
@@ -99,7 +100,7 @@ def _relabel_parts(
             try:
                 for row in ray.data.from_items(names).map(relabel_part).iter_rows():
                     progress.add(row["images"], 0)
-            except ray.exceptions.RayError as e:
+            except RayError as e:
                 told = str(e).strip().splitlines()[-1]
                 raise WorkError(f"relabelling stopped ({told}); run it again to go on") from e
     progress.close()

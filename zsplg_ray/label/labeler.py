@@ -45,6 +45,14 @@ class Embedder(Protocol):
         ...
 
 
+class LabelsImages(Protocol):
+    """Whatever labels images: `Labeler`, or a rigged one in a test."""
+
+    def label(self, image_HWC: np.ndarray) -> tuple[Segments, Composed]:
+        """Segments with float16 embeddings, and the labels composed from them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Naming:
     """Everything that turns stored segments into labels: class texts and thresholds. No torch."""
@@ -59,6 +67,8 @@ class Naming:
 
     def compose(self, segments: Segments) -> Composed:
         """Label map and score map of one image from its stored (float16) embeddings."""
+        assert segments.embedding_RD is not None, "stored segments are embedded"
+        assert segments.embedding_RD is not None, "embedded before they are named"
         sim_RK = self.bank.similarity(segments.embedding_RD)
         return compose(segments, sim_RK, self.config, self.classes)
 

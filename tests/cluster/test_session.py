@@ -1,0 +1,110 @@
+"""How many actors a cluster holds and what each takes. Arithmetic, without Ray."""
+
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zsplg_ray.cluster.session import Plan, cluster_address, plan_actors
+from zsplg_ray.config import ActorsConfig, RayConfig
+
+
+def plan(have_cpus, have_gpus=0.0, *, growing=False, **config) -> Plan:
+    resources = {"CPU": float(have_cpus)} | ({"GPU": float(have_gpus)} if have_gpus else {})
+    return plan_actors(ActorsConfig(**config), resources, growing)
+
+
+@pytest.mark.parametrize(
+    ("have", "config", "expected"),
+    [
+        ((2, 0), {}, Plan(1, 1, 0, 1, 1)),
+        ((16, 0), {}, Plan(1, 1, 0, 15, 1)),
+        ((1, 0), {}, Plan(1, 1, 0, 0.5, 0.5)),
+        ((16, 0), {"max": 4}, Plan(1, 4, 0, 3, 1)),
+        ((16, 0), {"min": 4}, Plan(4, 4, 0, 3, 1)),
+        ((4, 0), {"min": 4}, Plan(4, 4, 0, 0.75, 1)),
+        ((16, 0), {"cpus": 2.0}, Plan(1, 1, 0, 2, 1)),
+        ((8, 1), {}, Plan(1, 1, 1, 0, 1)),
+        ((8, 4), {}, Plan(1, 4, 1, 0, 1)),
+        ((8, 4), {"max": 2}, Plan(1, 2, 1, 0, 1)),
+        ((8, 4), {"gpus": 0.5}, Plan(1, 8, 0.5, 0, 1)),
+        ((8, 4), {"gpus": 0.3}, Plan(1, 13, 0.3, 0, 1)),
+        ((8, 4), {"gpus": 0.0}, Plan(1, 1, 0, 7, 1)),
+        ((8, 4), {"gpus": 2.0, "min": 2}, Plan(2, 2, 2, 0, 1)),
+        ((8, 4), {"cpus": 1.0}, Plan(1, 4, 1, 1, 1)),
+        ((8, 0.5), {}, Plan(1, 1, 0, 7, 1)),
+        ((8, 0), {"decode_cpus": 0.5}, Plan(1, 1, 0, 7, 0.5)),
+        ((3, 0), {"decode_cpus": 8.0}, Plan(1, 1, 0, 1, 1.5)),
+    ],
+)
+def test_what_is_left_open_follows_from_the_cluster(have, config, expected):
+    made = plan(*have, **config)
+    assert made.__dict__ == pytest.approx(expected.__dict__)
+
+
+@given(
+    cpus=st.integers(1, 300),
+    gpus=st.integers(0, 16),
+    config=st.fixed_dictionaries(
+        {"min": st.integers(1, 4)},
+        optional={"max": st.integers(4, 64), "decode_cpus": st.floats(0.01, 8)},
+    ),
+)
+def test_what_nobody_asked_for_always_fits(cpus, gpus, config):
+    if gpus and config["min"] > gpus:
+        return
+    made = plan(cpus, gpus, **config)
+    assert made.min_actors * made.gpus <= gpus
+    assert made.min_actors * made.cpus + made.decode_cpus <= cpus + 1e-6
+    assert 1 <= made.min_actors <= made.max_actors
+    assert made.gpus or made.cpus > 0, "an actor that takes nothing"
+    assert made.threads >= 1 and made.decode_cpus > 0
+    if "max" not in config and gpus:
+        assert made.max_actors == gpus, "GPUs left idle"
+
+
+@pytest.mark.parametrize(
+    ("have", "config", "told"),
+    [
+        ((8, 0), {"gpus": 1.0}, "actors.gpus must be within the cluster's 0 GPUs, got 1 GPUs"),
+        ((8, 2), {"min": 3}, "actors.gpus must be within the cluster's 2 GPUs, got 3 GPUs"),
+        (
+            (8, 1),
+            {"gpus": 0.6, "min": 2},
+            "actors.gpus must be within the cluster's 1 GPUs, got 1.2",
+        ),
+        ((8, 0), {"cpus": 8.0}, "actors.cpus must be within the cluster's 8 CPUs, got 9 CPUs"),
+        (
+            (8, 0),
+            {"cpus": 3.0, "min": 3},
+            "actors.cpus must be within the cluster's 8 CPUs, got 10",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_refused_at_once(have, config, told, caplog):
+    with pytest.raises(ValueError) as caught:
+        plan(*have, **config)
+    assert str(caught.value).startswith(told)
+    assert f"lower {told.split()[0]}" in str(caught.value)
+    caplog.set_level(logging.WARNING)
+    made = plan(*have, growing=True, **config)
+    assert made.min_actors == config.get("min", 1)
+    assert "waiting for the cluster" in caplog.text and told.split()[0] in caplog.text
+
+
+def test_exactly_full_is_not_too_full():
+    assert plan(8, 1, gpus=0.1, min=10).min_actors == 10
+    assert plan(8, 0, cpus=7.0).cpus == 7
+
+
+def test_threads_follow_the_cpus():
+    assert [Plan(1, 1, 0, cpus, 1).threads for cpus in (0, 0.5, 1, 1.9, 15)] == [1, 1, 1, 1, 15]
+
+
+def test_where_the_cluster_is(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster_address(RayConfig()) == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert cluster_address(RayConfig()) == "ray://head:10001"
+    assert cluster_address(RayConfig(address="auto")) == "auto"
