@@ -106,7 +106,8 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
     for name, before, now, fix in pairs:
         if before != now:
             if name == "classes":
-                before, now = before["names"], now["names"]
+                part = "names" if before["names"] != now["names"] else "aliases"
+                before, now = before[part], now[part]
             raise ValueError(complain(name, f"{before} as in {folder.uri}", now, fix))
 
 

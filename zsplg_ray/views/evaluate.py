@@ -139,9 +139,11 @@ def parquet_labels(folder: RunFolder) -> Labels:
             if not mine:
                 continue
             table = folder.read_part("labels", name, ["image_id", "label_png"])
-            for image_id, png in zip(*(table[c] for c in table.column_names), strict=True):
-                if image_id.as_py() in mine:
-                    yield image_id.as_py(), decode_png(png.as_py())
+            rows = zip(table["image_id"].to_pylist(), table["label_png"], strict=True)
+            for image_id, png in rows:
+                if image_id in mine:
+                    mine.remove(image_id)
+                    yield image_id, decode_png(png.as_py())
 
     return Labels(list(part_of), classes, maps)
 

@@ -76,7 +76,8 @@ def _legend(shots: Sequence[Shot], classes: ClassList, width: int) -> Image.Imag
     used = sorted({int(k) for s in shots for m in s.maps for k in np.unique(m)} - {0, IGNORE})
     font = ImageFont.load_default(14)
     colours = palette()
-    items = [(classes.names[k][:40], tuple(colours[3 * k : 3 * k + 3])) for k in used]
+    names = [*classes.names, *(f"class {k}" for k in range(len(classes), IGNORE))]
+    items = [(names[k][:40], tuple(colours[3 * k : 3 * k + 3])) for k in used]
     spots, x, y = [], 6, 4
     for name, colour in items:
         w = 28 + int(font.getlength(name))
@@ -107,11 +108,13 @@ def write_preview(folder: RunFolder) -> str | None:
 def run_sheet(
     folder: RunFolder, classes: ClassList, truth: Truth | None = None, n: int = 12
 ) -> bytes | None:
-    """A contact sheet of the first `n` images of a run whose files can still be read."""
+    """A contact sheet of the first `n` images whose files are still there as they were labelled."""
     shots: list[Shot] = []
     for name in folder.parts("labels"):
         rows = folder.read_part("labels", name, ["image_id", "uri", "label_png"]).to_pylist()
-        for row in rows[: n - len(shots)]:
+        for row in rows:
+            if len(shots) == n:
+                return contact_sheet(shots, classes)
             try:
                 image_HWC = decode_image(read_bytes(row["uri"]))
             except (OSError, ValueError):
@@ -119,7 +122,6 @@ def run_sheet(
             maps = [decode_png(row["label_png"])]
             if truth is not None and truth.has(row["image_id"]):
                 maps.append(truth.read(row["image_id"]))
-            shots.append(Shot(image_HWC, tuple(maps)))
-        if len(shots) >= n:
-            break
+            if all(label_HW.shape == image_HWC.shape[:2] for label_HW in maps):
+                shots.append(Shot(image_HWC, tuple(maps)))
     return contact_sheet(shots, classes) if shots else None
