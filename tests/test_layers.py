@@ -1,0 +1,97 @@
+"""Who may import whom, read off the source: the rooms stay apart."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import zsplg_ray
+
+ROOT = Path(zsplg_ray.__file__).parent
+MODULES = {
+    ".".join(("zsplg_ray", *path.relative_to(ROOT).with_suffix("").parts)): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+ABOVE_CLUSTER = {"zsplg_ray.cli", "zsplg_ray.demo"}
+PLAIN = (
+    *("settings", "config", "vocab", "records", "rundir", "runinfo", "storage"),
+    *("sources", "images", "coco", "masks", "metrics"),
+)
+"""Modules of the lowest layer."""
+NO_TORCH = (*PLAIN, "label.segments", "label.compose", "label.textbank", "views.pictures")
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every name that a module imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def reaches(module: str, *rooms: str) -> list[str]:
+    return [n for n in imports(module) if any(f"{n}.".startswith(f"{room}.") for room in rooms)]
+
+
+def room(module: str) -> str:
+    """label for zsplg_ray.label.sam, "" for a module at the top."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 else ""
+
+
+def test_the_walk_sees_the_modules_and_their_imports():
+    assert {"zsplg_ray.cli", "zsplg_ray.label.sam", "zsplg_ray.cluster.label"} <= MODULES.keys()
+    assert "ray" in reaches("zsplg_ray.cluster.label", "ray")
+    assert reaches("zsplg_ray.cli", "zsplg_ray.cluster"), "imports inside functions are seen"
+    assert not reaches("zsplg_ray.cli", "ray"), "a name that only starts alike"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_cluster_knows_ray_and_mlflow(module):
+    if room(module) != "cluster":
+        assert not reaches(module, "ray", "mlflow")
+        if module not in ABOVE_CLUSTER:
+            assert not reaches(module, "zsplg_ray.cluster")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_look_downwards_only(module):
+    above = {
+        "label": ("student", "views", "shapes.train", "shapes.scenes"),
+        "student": ("label", "views", "shapes"),
+        "shapes": ("student", "views"),
+        "views": (),
+        "cluster": (),
+    }
+    if room(module):
+        forbidden = (*above[room(module)], "cli", "demo")
+    elif module in (*ABOVE_CLUSTER, "zsplg_ray.__init__"):
+        return
+    else:
+        forbidden = ("label", "student", "views", "shapes", "cli", "demo")
+    assert not reaches(module, *(f"zsplg_ray.{name}" for name in forbidden))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_line_prints(module):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    prints = [f.lineno for f in calls if isinstance(f, ast.Name) and f.id == "print"]
+    assert not prints or module == "zsplg_ray.cli"
+
+
+def test_the_lowest_layer_runs_without_torch_and_ray():
+    names = [f"zsplg_ray.{name}" for name in NO_TORCH]
+    look = f"import sys, {', '.join(names)}; print({{'torch', 'ray', 'mlflow'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("package", ["zsplg_ray", "zsplg_ray.label", "zsplg_ray.views"])
+def test_packages_import_nothing_by_themselves(package):
+    assert not list(imports(f"{package}.__init__"))

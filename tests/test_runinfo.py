@@ -1,0 +1,200 @@
+"""run.json: which changes a run's folder refuses, and which fingerprint follows from what."""
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+
+from zsplg_ray.config import LabelConfig, RelabelConfig
+from zsplg_ray.label.presets import resolve_label, resolve_text
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.runinfo import (
+    describe_run,
+    part_meta,
+    refuse_other_run,
+    relabelled,
+)
+from zsplg_ray.settings import flatten, from_mapping
+from zsplg_ray.vocab import class_list
+
+WEIGHTS = {"sam": "5a3", "clip": "c11b"}
+
+
+def describe(weights: Any = WEIGHTS, classes: Any = "cat,dog", **changes: Any) -> dict[str, Any]:
+    values = {"images": "i", "classes": classes, "out": "o"}
+    config = from_mapping(
+        LabelConfig, values | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+    return describe_run(config, resolve_label(config), class_list(classes), weights)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = RunFolder(str(tmp_path))
+    made.write_run(describe())
+    return made
+
+
+def prints(run):
+    return run["fingerprint"], run["labels_fingerprint"]
+
+
+def test_what_run_json_tells():
+    run = describe(sam="vit_b", compose__min_margin=0.25)
+    assert json.loads(json.dumps(run)) == run
+    assert run["config"]["sam.points_per_side"] is None, "config is as given"
+    assert run["resolved"]["sam.points_per_side"] == 32, "resolved is as used"
+    assert not [
+        k for k, v in run["resolved"].items() if v is None and k.startswith(("sam.p", "cl"))
+    ]
+    assert run["classes"]["names"] == ["background", "cat", "dog"]
+    assert run["weights"] == WEIGHTS and run["labels_state"] == "complete"
+    assert set(run["versions"]) >= {"zsplg_ray", "torch", "ray"}
+    assert part_meta(run) == {
+        "fingerprint": run["fingerprint"],
+        "labels_fingerprint": run["labels_fingerprint"],
+        "classes": run["classes"],
+    }
+
+
+def test_a_new_folder_and_the_same_settings_are_welcome(tmp_path, folder):
+    refuse_other_run(RunFolder(str(tmp_path / "new")), describe())
+    refuse_other_run(folder, describe())
+    refuse_other_run(folder, describe(sam__points_per_side=32, compose__min_similarity=0.2))
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"out must be a folder, got .*file; give another"):
+        refuse_other_run(RunFolder(str(tmp_path / "file")), describe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sam": "vit_b"}, "sam.model must be vit_h as in DIR, got vit_b;"),
+        ({"sam__points_per_side": 16}, "sam.points_per_side must be 32 as in DIR, got 16;"),
+        ({"clip__embedder": "crop"}, "clip.embedder must be gem as in DIR, got crop;"),
+        ({"clip__dense_px": 224}, "clip.dense_px must be 448 as in DIR, got 224;"),
+        ({"sam__random_weights": True}, "sam.random_weights must be False as in DIR, got True;"),
+        ({"weights": {**WEIGHTS, "sam": "new"}}, "weights of sam must be 5a3 as in DIR, got new;"),
+        (
+            {"weights": {**WEIGHTS, "clip": "new"}},
+            "weights of clip must be c11b as in DIR, got new;",
+        ),
+        (
+            {"sam": "vit_b", "weights": {**WEIGHTS, "sam": "new"}},
+            "sam.model must be vit_h as in DIR, got vit_b;",
+        ),
+        ({"compose__min_margin": 0.1}, "compose.min_margin must be 0.0 as in DIR, got 0.1;"),
+        (
+            {"prompts__templates": ["the {class}"]},
+            "prompts.templates must be ['a photo of a {class}'] as in DIR, got ['the {class}'];",
+        ),
+        (
+            {"classes": "cat,cow"},
+            "classes must be ['background', 'cat', 'dog'] as in DIR, "
+            "got ['background', 'cat', 'cow'];",
+        ),
+    ],
+)
+def test_another_setting_is_refused_by_name_with_both_values(folder, changes, told):
+    with pytest.raises(
+        ValueError, match="^" + re.escape(told.replace("DIR", folder.uri))
+    ) as caught:
+        refuse_other_run(folder, describe(**changes))
+    told_fix = str(caught.value).partition("; ")[2]
+    only_labels = told.startswith(("compose", "prompts", "classes"))
+    assert ("zsplg relabel --run" in told_fix) == only_labels
+    assert "another --out" in told_fix
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sam__points_per_batch": 4},
+        {"clip__crop_batch": 2},
+        {"ray__num_cpus": 3},
+        {"actors__max": 9},
+        {"actors__in_flight": 2},
+        {"sam__checkpoint": "elsewhere/the_same.pth"},
+        {"device": "cuda"},
+        {"quiet": True},
+        {"max_errors": 3},
+        {"images": "more"},
+    ],
+    ids=str,
+)
+def test_settings_that_change_no_result_are_free(folder, changes):
+    refuse_other_run(folder, describe(**changes))
+    assert prints(describe(**changes)) == prints(describe())
+
+
+def test_fingerprints_follow_what_they_are_for():
+    segments, labels = prints(describe())
+    for changes in ({"compose__unsure": "ignore"}, {"prompts__background": ["sky"]}):
+        assert describe(**changes)["fingerprint"] == segments
+        assert describe(**changes)["labels_fingerprint"] != labels
+    assert describe(classes="cat,cow")["fingerprint"] == segments
+    for changes in ({"sam": "vit_l"}, {"clip__gem_depth": 3}, {"weights": {"sam": "x"}}):
+        changed = prints(describe(**changes))
+        assert changed[0] != segments and changed[1] != labels
+    assert len({prints(describe(compose__min_margin=m / 10)) for m in range(5)}) == 5
+
+
+def test_a_half_relabelled_folder_is_refused(folder):
+    run = describe()
+    folder.write_run({**run, "labels_state": "relabelling"})
+    with pytest.raises(ValueError, match=r"half relabelled one; run `zsplg relabel --run .*finish"):
+        refuse_other_run(folder, run)
+
+
+def relabel(run, **changes):
+    given = from_mapping(RelabelConfig, {"run": "o", **changes})
+    resolved = resolve_text(given, "ViT-B-16/laion2b_s34b_b88k", "gem")
+    classes = class_list(given.classes or "cat,dog")
+    return relabelled(run, given, resolved, classes)
+
+
+def test_relabelling_changes_what_labels_depend_on_and_nothing_else():
+    old = describe()
+    before = copy.deepcopy(old)
+    new = relabel(old, **{"compose.min_margin": 0.5, "ray.num_cpus": 3})
+    assert old == before, "the old run was changed"
+    assert new["fingerprint"] == old["fingerprint"]
+    assert new["labels_fingerprint"] != old["labels_fingerprint"]
+    assert new["labels_state"] == "relabelling"
+    for key in ("config", "resolved"):
+        changed = {k for k in new[key] if new[key][k] != old[key][k]}
+        assert changed == {"compose.min_margin"} and new[key].keys() == old[key].keys()
+    assert {k for k in new if new[k] != old[k]} == {
+        "labels_state",
+        "labels_fingerprint",
+        "config",
+        "resolved",
+    }
+    assert relabel(old)["labels_fingerprint"] == old["labels_fingerprint"]
+
+
+def test_a_run_relabelled_with_other_classes_goes_on_with_those(tmp_path):
+    new = relabel(describe(), classes="cat,cow", **{"prompts.templates": ["the {class}"]})
+    folder = RunFolder(str(tmp_path))
+    folder.write_run({**new, "labels_state": "complete"})
+    refuse_other_run(folder, describe(classes="cat,cow", prompts__templates=["the {class}"]))
+    assert new["config"]["classes"] == "cat,cow"
+    with pytest.raises(ValueError, match=r"prompts\.templates must be"):
+        refuse_other_run(folder, describe())
+
+
+def test_label_settings_are_those_that_relabel_starts_from(folder):
+    folder.write_run(describe(compose__min_margin=0.5, sam__points_per_side=3))
+    settings = folder.label_settings()
+    assert settings["compose.min_margin"] == 0.5
+    assert settings["compose.min_similarity"] is None, "as given, for another score needs another"
+    assert {k.split(".")[0] for k in settings} == {"prompts", "compose"}
+    made = from_mapping(RelabelConfig, {"run": "o", **settings})
+    assert {k: v for k, v in flatten(made).items() if k in settings} == settings
+    with pytest.raises(ValueError, match=r"run must be a run's folder .* got none"):
+        RunFolder("none").label_settings()

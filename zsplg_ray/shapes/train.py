@@ -1,0 +1,46 @@
+"""Makes the embedded world's weights: `python -m zsplg_ray.shapes.train [sam|clip|all]`.
+
+Enters: which model, for how long, where to. Leaves: weights files, and figures in the log.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+
+from zsplg_ray.shapes.sam import WEIGHTS
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and trains."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", choices=("sam", "clip", "all"), default="all")
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="wall time for each model, one thread"
+    )
+    parser.add_argument("--out", type=Path, default=WEIGHTS.parent, help="folder for the weights")
+    parser.add_argument("--start", type=Path, default=None, help="sam only: weights to go on from")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes and the first weights")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args(arguments)
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be > 0, got {options.minutes}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    limit = {} if options.minutes is None else {"minutes": options.minutes}
+    if options.model in ("sam", "all"):
+        from zsplg_ray.shapes import train_sam
+
+        path = train_sam.train(out=options.out, seed=options.seed, start=options.start, **limit)
+        logger.info("%s", train_sam.measure(path, range(100)))
+    if options.model in ("clip", "all"):
+        from zsplg_ray.shapes import train_clip
+
+        train_clip.train(out=options.out, **limit)
+
+
+if __name__ == "__main__":
+    main()
