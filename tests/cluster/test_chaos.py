@@ -78,3 +78,30 @@ def test_three_drivers_and_two_actors_killed_in_a_run_of_200_images(tmp_path, ca
     with capsys.disabled():
         print(f"\n3 drivers and 2 actors killed: 200 of 200 once, {recomputed} recomputed")
     assert 0 <= recomputed <= 5 * IN_FLIGHT
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tmp_path):
+    write_voc(tmp_path / "scenes", 60, seed=0)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "zsplg_ray.cli", "label", "--images", str(tmp_path / "scenes")]
+    command += ["--classes", "shapes", "--out", str(out), "--sam", "shapes", "--clip", "shapes"]
+    command += ["--sam.points-per-side", "4", "--actors.in-flight", "4", "--ray.num-cpus", "2"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not list(out.glob("segments/part-*")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    stdout, stderr = first.communicate(timeout=120)
+    assert first.returncode == 130 and stdout == "", stderr
+    assert "the same command goes on" in stderr and "Traceback" not in stderr
+    run = RunFolder(str(out)).read_run()
+    assert run is not None and run["state"] == "interrupted"
+    done = run["counts"]["labelled"]
+    assert 0 < done < 60
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    counts = json.loads(again.stdout)["counts"]
+    assert (counts["labelled"], counts["skipped_as_done"]) == (60, done)

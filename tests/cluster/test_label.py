@@ -141,6 +141,7 @@ def test_bad_input_writes_nothing(tmp_path):
         ({"sam.checkpoint": str(tmp_path / "no.pth")}, "sam.checkpoint must be"),
         ({"clip.model": "ViT-B-61/openai"}, "ViT-B-16"),
         ({"actors.cpus": 400.0}, r"actors.cpus must be within the cluster's 4 CPUs"),
+        ({"device": "cuda"}, "device must be cpu"),
         ({"actors.gpus": 1.0}, r"actors.gpus must be within the cluster's 0 GPUs"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -172,3 +173,19 @@ def test_other_weights_on_a_node_than_on_the_driver_are_refused(tmp_path):
     with pytest.raises(WorkError, match=r"weights must be those of the driver"):
         label(config(images, tmp_path / "run"), load=load_others)
     assert not (tmp_path / "run" / "segments").exists()
+
+
+def test_lost_labels_are_composed_again_without_sam(scenes, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((scenes / "JPEGImages").iterdir())[:4]:
+        shutil.copy(path, images)
+    given = config(images, tmp_path / "run", **{"actors.in_flight": 2})
+    label(given)
+    before = {row["image_id"]: row for row in rows(tmp_path / "run", "labels")}
+    lost, torn = sorted((tmp_path / "run" / "labels").iterdir())
+    lost.unlink()
+    torn.write_bytes(torn.read_bytes()[:100])
+    run = label(given, load=load_killing)
+    assert run["counts"]["labelled_now"] == 0
+    assert {row["image_id"]: row for row in rows(tmp_path / "run", "labels")} == before

@@ -113,12 +113,6 @@ def test_an_image_without_segments_has_labels_too():
     assert len(segments) == 0 and not composed.label_HW.any()
 
 
-def test_naming_refuses_thresholds_for_classes_that_are_not_there():
-    naming(min_similarity={"red": 0.5, "*": 0.1}).check()
-    with pytest.raises(ValueError, match=r"min_similarity must be by class name, got reed"):
-        naming(min_similarity={"reed": 0.5, "*": 0.1}).check()
-
-
 # Out of memory -----------------------------------------------------------------------------------
 
 CPU_FULL = (

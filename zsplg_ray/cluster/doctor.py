@@ -118,15 +118,19 @@ def _clip(config: DoctorConfig) -> Finding:
 
 def _storage(config: DoctorConfig) -> Finding:
     folder = RunFolder(config.out)
+    made = folder.local and not Path(folder.path).exists()
     name = f"_doctor.{uuid.uuid4().hex[:8]}"
     folder.write_bytes(name, b"ok")
     back = folder.read_bytes(name)
     folder.fs.delete_file(f"{folder.path}/{name}")
+    if made:
+        Path(folder.path).rmdir()
     if back != b"ok":
         return _finding("fail", f"{config.out} does not give back what was written", "use another")
     if not folder.local:
         return _finding("ok", f"{config.out} can be written and read")
-    free = shutil.disk_usage(folder.path).free / 2**30
+    there = next(p for p in (Path(folder.path), *Path(folder.path).parents) if p.exists())
+    free = shutil.disk_usage(there).free / 2**30
     told = f"{config.out} can be written and read, {free:.0f} GiB free"
     return _finding("ok" if free > 5 else "warn", told, "" if free > 5 else "make room")
 

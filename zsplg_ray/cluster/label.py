@@ -32,6 +32,7 @@ from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import Plan, cluster_address, plan_actors, ray_session
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
+from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.labeler import Labeler, Naming
 from zsplg_ray.label.presets import resolve_label
 from zsplg_ray.label.weights import check_sam, load_clip, sam_sha256, state_sha256
@@ -62,6 +63,8 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
     classes = class_list(config.classes)
     manifest = list_images(config.images, root=config.root)
     resolved = resolve_label(config)
+    minimum_scores(resolved.compose, classes)  # says so if a threshold names no class
+    refuse_other_run(folder, describe_run(config, resolved, classes, {}))  # before any download
     naming, weights = prepare(resolved, classes)
     run = describe_run(config, resolved, classes, weights)
     refuse_other_run(folder, run)
@@ -88,7 +91,6 @@ def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str
     encoder = ClipEncoder(model, tokenizer, resolved.clip)
     bank = encoder.encode_classes(classes, resolved.prompts)
     naming = Naming(classes, bank, resolved.compose)
-    naming.check()
     return naming, {"sam": sam_sha256(resolved.sam), "clip": state_sha256(model)}
 
 
@@ -123,6 +125,9 @@ def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> 
             with ray_session(job.config.ray):
                 growing = cluster_address(job.config.ray) != "local"
                 plan = plan_actors(job.config.actors, ray.cluster_resources(), growing)
+                if job.config.device == "cuda" and not plan.gpus:
+                    fix = "set --actors.gpus, or --device cpu"
+                    raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))
                 job.folder.write_run(run)
                 label_blocks(job, todo, plan, progress)
         state = "complete"

@@ -21,6 +21,7 @@ from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import ray_session
 from zsplg_ray.config import ClipConfig, RelabelConfig
 from zsplg_ray.label.clip import ClipEncoder
+from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.labeler import Naming
 from zsplg_ray.label.presets import resolve_text
 from zsplg_ray.label.weights import load_clip, state_sha256
@@ -56,6 +57,7 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         {k[len("clip.") :]: v for k, v in run["resolved"].items() if k.startswith("clip.")},
     )
     resolved = resolve_text(config, clip.model, clip.embedder)
+    minimum_scores(resolved.compose, classes)  # says so if a threshold names no class
     model, tokenizer = load_clip(clip)
     if (sha256 := state_sha256(model)) != run["weights"]["clip"]:
         fix = "use the CLIP weights that the segments were embedded with, or label again"
@@ -63,7 +65,6 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         raise ValueError(complain("weights of clip", rule, sha256, fix))
     bank = ClipEncoder(model, tokenizer, clip).encode_classes(classes, resolved.prompts)
     naming = Naming(classes, bank, resolved.compose)
-    naming.check()
     run = relabelled(run, config, resolved, classes)
     with only_run(folder):
         folder.repair()

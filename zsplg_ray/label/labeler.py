@@ -19,7 +19,7 @@ from PIL import Image
 
 from zsplg_ray.config import ComposeConfig, LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
-from zsplg_ray.label.compose import Composed, compose, minimum_scores
+from zsplg_ray.label.compose import Composed, compose
 from zsplg_ray.label.sam import MaskProposer
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.label.textbank import TextBank
@@ -60,10 +60,6 @@ class Naming:
     classes: ClassList
     bank: TextBank
     config: ComposeConfig
-
-    def check(self) -> None:
-        """Raise ValueError if a threshold names a class that is not in the list."""
-        minimum_scores(self.config, self.classes)
 
     def compose(self, segments: Segments) -> Composed:
         """Label map and score map of one image from its stored (float16) embeddings."""

@@ -66,10 +66,14 @@ def clip_defaults(model: str) -> dict[str, Any]:
     if model != "shapes":
         return CLIP_DEFAULTS
     from zsplg_ray.shapes import clip as shapes_clip
+
     SETTINGS = shapes_clip.SETTINGS
 
     if "dense_side_px" in SETTINGS:  # TODO
-        SETTINGS = {"gem_depth": SETTINGS["gem_depth"], "dense_px": SETTINGS["dense_side_px"],
+        SETTINGS = {
+            "gem_depth": SETTINGS["gem_depth"],
+            "dense_px": SETTINGS["dense_side_px"],
             "templates": tuple(t.replace("{}", "{class}") for t in SETTINGS["templates"]),
-            "background": SETTINGS["background_prompts"]}
+            "background": SETTINGS["background_prompts"],
+        }
     return {**CLIP_DEFAULTS, **{k: v for k, v in SETTINGS.items() if k in CLIP_DEFAULTS}}

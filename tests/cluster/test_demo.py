@@ -1,0 +1,28 @@
+"""`demo`: the whole pipeline on a few scenes, through the command line."""
+
+import io
+
+import pytest
+from PIL import Image
+
+from zsplg_ray import cli
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
+
+
+def test_demo_prints_scores_and_makes_pictures(tmp_path, capsys):
+    command = ["demo", "--out", str(tmp_path / "demo"), "--n", "12"]
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    for embedder in ("crop", "gem"):
+        sheet = tmp_path / "demo" / f"{embedder}_12" / "pictures.png"
+        assert str(sheet) in told
+        assert min(Image.open(io.BytesIO(sheet.read_bytes())).size) > 300
+    scores = [float(line.split()[1]) for line in told.splitlines() if line.startswith("miou")]
+    assert len(scores) == 2 and min(scores) > 0.3
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*.parquet")}
+    assert cli.main(command) == 0  # does only what is missing, and tells the same
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*.parquet")}
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("miou")] == [
+        line for line in told.splitlines() if line.startswith("miou")
+    ]
