@@ -3,9 +3,16 @@
 import pytest
 
 from zsplg_ray.config import LabelConfig, RelabelConfig
-from zsplg_ray.label.presets import CLIP_DEFAULTS, SAM_DEFAULTS, resolve_label, resolve_text
+from zsplg_ray.label.presets import (
+    CLIP_DEFAULTS,
+    SAM_DEFAULTS,
+    resolve_label,
+    resolve_text,
+    unknown_names,
+)
 from zsplg_ray.settings import flatten, from_mapping, override
 from zsplg_ray.shapes.sam import GENERATOR_SETTINGS
+from zsplg_ray.vocab import class_list
 
 OPEN = {
     *(f"sam.{name}" for name in SAM_DEFAULTS),
@@ -89,3 +96,9 @@ def test_relabelling_fills_in_what_belongs_to_its_score():
     resolved = resolve_text(from_mapping(RelabelConfig, {"run": "r"}), "shapes", "gem")
     label = resolve_label(config(clip="shapes"))
     assert (resolved.prompts, resolved.compose) == (label.prompts, label.compose)
+
+
+def test_names_that_the_tiny_clip_was_never_taught():
+    assert unknown_names("shapes", class_list("shapes")) == []
+    assert unknown_names("shapes", class_list("dog,circle,truck")) == ["dog", "truck"]
+    assert unknown_names("ViT-B-16/openai", class_list("dog,circle,truck")) == []

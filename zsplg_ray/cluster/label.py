@@ -29,12 +29,18 @@ from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
 from zsplg_ray.cluster.parts import relabel_table
 from zsplg_ray.cluster.progress import Progress
-from zsplg_ray.cluster.session import Plan, cluster_address, plan_actors, ray_session
+from zsplg_ray.cluster.session import (
+    Plan,
+    cluster_address,
+    plan_actors,
+    quiet_ray_data,
+    ray_session,
+)
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.labeler import Labeler, Naming
-from zsplg_ray.label.presets import resolve_label
+from zsplg_ray.label.presets import resolve_label, unknown_names
 from zsplg_ray.label.weights import check_sam, load_clip, sam_sha256, state_sha256
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import describe_run, part_meta, refuse_other_run
@@ -43,6 +49,10 @@ from zsplg_ray.sources import list_images
 from zsplg_ray.vocab import ClassList, class_list
 
 log = logging.getLogger(__name__)
+
+DECODE_MEMORY = 256 * 2**20
+"""Bytes that a reading task asks of Ray, a photograph several times over. It is also what keeps Ray
+from fusing reading into the actors, whose time is dear: it fuses only what asks for the same."""
 
 
 def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
@@ -87,6 +97,8 @@ def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str
     Raises: ValueError if weights cannot be had or a setting does not fit them.
     """
     check_sam(resolved.sam)
+    if unknown := unknown_names(resolved.clip.model, classes):
+        log.warning("the tiny CLIP knows only shapes, it cannot tell %s", ", ".join(unknown))
     model, tokenizer = load_clip(resolved.clip)
     encoder = ClipEncoder(model, tokenizer, resolved.clip)
     bank = encoder.encode_classes(classes, resolved.prompts)
@@ -166,8 +178,7 @@ def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> No
 
     Raises: WorkError once more than `max_errors` images have failed.
     """
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    quiet_ray_data()
     size = job.config.actors.in_flight
     blocks = [
         todo.take(pa.array(range(i, min(i + size, len(todo))))) for i in range(0, len(todo), size)
@@ -179,7 +190,7 @@ def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> No
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=plan.decode_cpus,
-        ray_remote_args_fn=dict,  # keeps Ray from fusing this into the actors, which must not wait
+        memory=DECODE_MEMORY,
     )
     dataset = dataset.map_batches(
         LabelActor,

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from zsplg_ray.cluster.label import only_run
 from zsplg_ray.cluster.parts import relabel_table
 from zsplg_ray.cluster.progress import Progress
-from zsplg_ray.cluster.session import ray_session
+from zsplg_ray.cluster.session import quiet_ray_data, ray_session
 from zsplg_ray.config import ClipConfig, RelabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
@@ -97,7 +97,7 @@ def _relabel_parts(
 
     if names:
         with ray_session(config.ray):
-            ray.data.DataContext.get_current().enable_progress_bars = False
+            quiet_ray_data()
             try:
                 for row in ray.data.from_items(names).map(relabel_part).iter_rows():
                     progress.add(row["images"], 0)

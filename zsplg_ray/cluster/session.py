@@ -40,7 +40,6 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     talk = log.isEnabledFor(logging.DEBUG)
     if not talk:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
     local: dict[str, object] = {}
     if address == "local":
         os.environ.setdefault("RAY_worker_niceness", "0")  # nobody else's cluster: no need to yield
@@ -61,6 +60,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def quiet_ray_data() -> None:
+    """No progress bars and no log of Ray Data, which are for its developers, unless we debug."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

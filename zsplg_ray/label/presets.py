@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from zsplg_ray.config import LabelConfig, RelabelConfig
 from zsplg_ray.settings import flatten, override
+from zsplg_ray.vocab import ClassList
 
 C = TypeVar("C", LabelConfig, RelabelConfig)
 
@@ -65,15 +66,16 @@ def clip_defaults(model: str) -> dict[str, Any]:
     """The keys of `CLIP_DEFAULTS` for a model; `shapes` brings its own."""
     if model != "shapes":
         return CLIP_DEFAULTS
-    from zsplg_ray.shapes import clip as shapes_clip
+    from zsplg_ray.shapes.clip import SETTINGS
 
-    SETTINGS = shapes_clip.SETTINGS
+    return {**CLIP_DEFAULTS, **SETTINGS}
 
-    if "dense_side_px" in SETTINGS:  # TODO
-        SETTINGS = {
-            "gem_depth": SETTINGS["gem_depth"],
-            "dense_px": SETTINGS["dense_side_px"],
-            "templates": tuple(t.replace("{}", "{class}") for t in SETTINGS["templates"]),
-            "background": SETTINGS["background_prompts"],
-        }
-    return {**CLIP_DEFAULTS, **{k: v for k, v in SETTINGS.items() if k in CLIP_DEFAULTS}}
+
+def unknown_names(model: str, classes: ClassList) -> list[str]:
+    """Classes that the model was never taught; only the tiny one of the shapes world tells."""
+    if model != "shapes":
+        return []
+    from zsplg_ray.shapes.clip import KNOWN_WORDS
+
+    aliases = zip(classes.names[1:], classes.aliases[1:], strict=True)
+    return [name for name, words in aliases if not KNOWN_WORDS & set(words)]
