@@ -147,6 +147,12 @@ def is_address(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
+def cache_dir() -> Path:
+    """Where downloads are kept: $ZSPLG_CACHE, else $XDG_CACHE_HOME/zsplg_ray, else ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("ZSPLG_CACHE") or f"{base}/zsplg_ray")
+
+
 def read_bytes(uri: str) -> bytes:
     """The bytes behind a uri: of a file, or of one cell of a Parquet file.
 

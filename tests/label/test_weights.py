@@ -17,7 +17,6 @@ from zsplg_ray.config import ClipConfig, SamConfig
 from zsplg_ray.label import weights
 from zsplg_ray.label.weights import (
     OFFICIAL,
-    cache_dir,
     clip_source,
     fetch,
     load_clip,
@@ -28,6 +27,7 @@ from zsplg_ray.label.weights import (
     state_sha256,
 )
 from zsplg_ray.shapes.sam import WEIGHTS as SAM_SHAPES
+from zsplg_ray.storage import cache_dir
 
 CONTENT = b"weights " * 50_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

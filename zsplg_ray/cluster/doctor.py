@@ -19,9 +19,10 @@ import torch
 
 from zsplg_ray.cluster.session import ray_session
 from zsplg_ray.config import DoctorConfig
-from zsplg_ray.label.weights import OFFICIAL, cache_dir, clip_source, sha256_file
+from zsplg_ray.label.weights import OFFICIAL, clip_source, sha256_file
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import PACKAGES
+from zsplg_ray.storage import cache_dir
 
 Finding = dict[str, str]
 

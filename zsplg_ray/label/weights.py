@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
-import os
 import pickle
 import urllib.request
 import zipfile
@@ -30,6 +29,7 @@ from segment_anything.modeling import Sam
 
 from zsplg_ray.config import ClipConfig, SamConfig
 from zsplg_ray.settings import complain, nearest
+from zsplg_ray.storage import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -66,12 +66,6 @@ OFFICIAL = {
     ),
 }
 """Checkpoints released with segment-anything (Apache-2.0)."""
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: $ZSPLG_CACHE, else $XDG_CACHE_HOME/zsplg_ray, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("ZSPLG_CACHE") or f"{base}/zsplg_ray")
 
 
 def sha256_file(path: Path) -> str:

@@ -98,16 +98,9 @@ class Caption:
     class_index: int
     detail: str | None = None
 
-    def is_true(self, class_index: int, detail: str | None) -> bool | None:
-        """Whether it holds for a region of this class (0 background) and colour or background word.
-
-        None where nobody can tell: the caption names a detail, the region's is not known (None).
-        """
-        if self.class_index != class_index:
-            return False
-        if self.detail is None:
-            return True
-        return None if detail is None else self.detail == detail
+    def is_true(self, class_index: int, detail: str) -> bool:
+        """Whether it holds for a region of this class (0 background), colour or background word."""
+        return self.class_index == class_index and self.detail in (None, detail)
 
 
 def names(class_name: str) -> tuple[str, ...]:
@@ -124,7 +117,7 @@ def all_texts() -> list[str]:
     return texts + [_background_phrase(word) for word in BACKGROUNDS]
 
 
-def sample_bank(rng: np.random.Generator, details: list[tuple[int, str | None]]) -> list[Caption]:
+def sample_bank(rng: np.random.Generator, details: list[tuple[int, str]]) -> list[Caption]:
     """Draw the captions of one training step.
 
     Args:
@@ -140,8 +133,7 @@ def sample_bank(rng: np.random.Generator, details: list[tuple[int, str | None]])
     bank = []
     seen: dict[int, list[str]] = {}
     for class_index, detail in details:
-        if detail is not None:
-            seen.setdefault(class_index, []).append(detail)
+        seen.setdefault(class_index, []).append(detail)
     for class_index, class_name in enumerate(CLASSES, start=1):
         bank.append(Caption(_fill(rng, class_name), class_index))
         bank.append(Caption(_fill(rng, str(rng.choice(names(class_name)))), class_index))

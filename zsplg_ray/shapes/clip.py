@@ -13,11 +13,9 @@ else", not as noise.
 Shapes: V tokens of the tokenizer, U tokens that captions use, E width of the text tower.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zsplg_ray.shapes.captions import SYNONYMS
+from zsplg_ray.storage import cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,8 @@ def local_dir(weights: Path = WEIGHTS) -> Path:
         f"local-dir:{folder}".
     """
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    root = _cache_root()
+    root = cache_dir()
+    root.mkdir(parents=True, exist_ok=True)
     folder = root / f"clip_shapes_{digest[:16]}"
     files = [folder / "open_clip_model.safetensors", folder / "open_clip_config.json"]
     if all(file.is_file() for file in files):
@@ -146,14 +146,3 @@ def _expand(weights: Path) -> tuple[dict[str, Tensor], str]:
     table_VE[token_id_U] = state[_TOKEN_TABLE]
     state[_TOKEN_TABLE] = table_VE
     return state, config
-
-
-def _cache_root() -> Path:
-    """`$XDG_CACHE_HOME/zsplg_ray` or `~/.cache/zsplg_ray`; if read-only, a temporary folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for root in (base / "zsplg_ray", Path(tempfile.gettempdir()) / f"zsplg_ray_{os.getuid()}"):
-        with contextlib.suppress(OSError):
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if os.access(root, os.W_OK):
-                return root
-    raise OSError(f"no writable cache folder; set XDG_CACHE_HOME to one (tried under {base})")

@@ -18,16 +18,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Parses the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", choices=("sam", "clip", "all"), default="all")
-    parser.add_argument(
-        "--minutes", type=float, default=None, help="wall time for each model, one thread"
-    )
+    parser.add_argument("--minutes", type=float, default=None, help="CPU time for each model")
     parser.add_argument("--out", type=Path, default=WEIGHTS.parent, help="folder for the weights")
-    parser.add_argument("--start", type=Path, default=None, help="sam only: weights to go on from")
+    parser.add_argument("--start", type=Path, default=None, help="one model: weights to go on from")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and the first weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args(arguments)
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes must be > 0, got {options.minutes}")
+    if options.start is not None and options.model == "all":
+        parser.error("--start belongs to one model, got all; say sam or clip")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     limit = {} if options.minutes is None else {"minutes": options.minutes}
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model in ("clip", "all"):
         from zsplg_ray.shapes import train_clip
 
-        train_clip.train(out=options.out, **limit)
+        train_clip.train(out=options.out, seed=options.seed, start=options.start, **limit)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ What is learned: regions and captions, with every caption positive for every reg
   later: exactly the bilinear pooling of the method, and single patches too. Without this, dense
   features of so small a CLIP know nothing (they were never asked for).
 
-Masks are made as imperfect as a segmenter's: grown, shrunk, shifted, cut in parts, leaking.
+Masks are made as imperfect as a segmenter's: grown, shrunk, shifted, cut in parts, merged.
 Background regions come in every form, the silhouettes of objects laid over nothing included.
 
 Why two losses: contrast between captions decides which class wins, but says nothing of how high a
@@ -34,23 +34,24 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from zsplg_ray.label.dense import DenseTokens, embed_patches, gem_streams
 from zsplg_ray.shapes import clip
 from zsplg_ray.shapes.captions import Caption, all_texts, sample_bank
-from zsplg_ray.shapes.scenes import TRAIN_SEED, Scene, make_scene
+from zsplg_ray.shapes.scenes import CLASSES, TRAIN_SEED, TYPICAL_COLOURS, Scene, make_scene
 
 logger = logging.getLogger(__name__)
 
-_DENSE_SCENES = 4
-_CROP_SCENES = 11
-_CROPS = 48
-_WINDOWS = 32
-_WINDOWS_A_SCENE = 3
+_SCENES = 26
+_DENSE_SCENES = 5
+_CROPS = 40
+_WINDOWS = 28
 _WINDOW = 10
-_PATCHES = 256
-_FIRST_PART = 0.36
+_EARLY = 0.75
+_TYPICAL_EARLY = 0.1
+_TYPICAL_LATE = 0.5
 _MUON_RATE = 7e-3
 _ADAMW_RATE = 2e-3
 _WEIGHT_DECAY = 0.02
@@ -63,26 +64,29 @@ _SAVE_EVERY_S = 240.0
 class Region:
     """Part of a scene and the truth about it.
 
-    `class_index` 0 is background; `detail` is a colour or background word, None if not known.
+    `class_index` 0 is background; `detail` is a colour or background word.
     """
 
     image_HWC: np.ndarray
     label_HW: np.ndarray
     mask_HW: np.ndarray
     class_index: int
-    detail: str | None
+    detail: str
 
 
-def train(out: Path = clip.WEIGHTS, minutes: float = 45, seed: int = 0) -> Path:
+def train(
+    out: Path = clip.WEIGHTS, minutes: float = 45, seed: int = 0, start: Path | None = None
+) -> Path:
     """Train for a time and write packed weights; also written every few minutes on the way.
 
-    The learning rate follows the clock, so a faster machine takes more steps in the same time: same
-    seed, same scenes in the same order, but not the same bits.
+    The learning rate follows the CPU's clock, so a faster machine takes more steps in the same
+    time: same seed, same scenes in the same order, but not the same bits.
 
     Args:
         out: Weights file to write, or the folder to write `clip.WEIGHTS.name` in.
-        minutes: Wall-clock budget, above 0.
+        minutes: CPU time of this process, above 0.
         seed: Of the initial weights, the scenes (all from `TRAIN_SEED` up) and the captions.
+        start: Packed weights to go on from, as if half of the time were over; None: from nothing.
 
     Returns:
         The weights file.
@@ -97,19 +101,22 @@ def train(out: Path = clip.WEIGHTS, minutes: float = 45, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     vocabulary = Vocabulary()
     model = build_model(vocabulary)
+    if start is not None:
+        load(model, start)
     optimizers = _optimizers(model)
-    start_s = saved_s = time.monotonic()
+    start_s, saved_s = time.process_time(), time.monotonic()
     scenes: list[Scene] = []
     step, scene_seed, average = 0, TRAIN_SEED + seed * 10_000_000, 0.0
-    while (done := (time.monotonic() - start_s) / (60 * minutes)) < 1:
+    while (spent := (time.process_time() - start_s) / (60 * minutes)) < 1:
+        done = spent if start is None else 0.5 + 0.5 * spent
         for optimizer, rate in zip(optimizers, (_MUON_RATE, _ADAMW_RATE), strict=True):
             optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * _cosine(done)
-        seeds = range(scene_seed, scene_seed + _DENSE_SCENES + _CROP_SCENES)
-        strange = 0.5 if done < _FIRST_PART else 0.25
-        scenes = [_strange_colours(make_scene(s), rng, strange) for s in seeds]
+        seeds = range(scene_seed, scene_seed + _SCENES)
+        scenes = [make_scene(s) for s in seeds]
         scene_seed = seeds.stop
-        whole = done < _FIRST_PART or rng.random() < ((done - _FIRST_PART) / (1 - _FIRST_PART)) ** 2
-        loss = step_loss(model, vocabulary, scenes, rng, whole)
+        kept_typical = _TYPICAL_EARLY if done < _EARLY else _TYPICAL_LATE
+        whole = rng.random() < done**3
+        loss = step_loss(model, vocabulary, scenes, rng, kept_typical, whole)
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,6 +192,15 @@ def save(model: open_clip.CLIP, vocabulary: Vocabulary, path: Path) -> None:
     clip.pack(path, state, vocabulary.token_id_U, table[0])
 
 
+def load(model: open_clip.CLIP, path: Path) -> None:
+    """Read packed weights into a model made by `build_model`."""
+    state = {name: value.float() for name, value in load_file(path).items()}
+    del state["token_ids"]
+    unknown_E, table = state.pop("token_unknown"), state["token_embedding.weight"]
+    state["token_embedding.weight"] = torch.cat([unknown_E[None], table])
+    model.load_state_dict(state)
+
+
 def _cosine(done: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -206,6 +222,7 @@ def step_loss(
     vocabulary: Vocabulary,
     scenes: list[Scene],
     rng: np.random.Generator,
+    kept_typical: float,
     whole: bool,
 ) -> Tensor:
     """Loss of one step over all views of the regions.
@@ -215,9 +232,12 @@ def step_loss(
         vocabulary: Its token ids.
         scenes: What to look at.
         rng: Decides on masks, crops, windows and captions.
+        kept_typical: Share of the objects in their class's typical colour that are looked at.
         whole: Dense features of a few whole scenes, or of windows out of all of them.
     """
-    region_lists = [_regions(scene, rng) for scene in scenes]
+    region_lists = [_regions(scene, rng, kept_typical) for scene in scenes]
+    scenes = [scene for scene, regions in zip(scenes, region_lists, strict=True) if regions]
+    region_lists = [regions for regions in region_lists if regions]
     crops = [region for regions in region_lists for region in regions]
     crops = [crops[i] for i in rng.permutation(len(crops))[:_CROPS]]
     bank = sample_bank(rng, [(r.class_index, r.detail) for r in crops])
@@ -225,106 +245,101 @@ def step_loss(
 
     def loss_of(embedding_RD: Tensor, regions: list[Region]) -> Tensor:
         cosine_RT = F.normalize(embedding_RD, dim=-1) @ text_TD.T
-        return _pair_loss(cosine_RT, *_truth(regions, bank), model.logit_scale.exp())
+        return _pair_loss(cosine_RT, _truth(regions, bank), model.logit_scale.exp())
 
     crop_RD = model.encode_image(normalise(np.stack([crop_view(r, rng) for r in crops])))
-    windows = _whole_scenes() if whole else _draw_windows(scenes, rng)
+    windows = _whole_scenes() if whole else _draw_windows(region_lists, rng)
     tokens = _window_tokens(model, scenes, windows)
     regions, pooling_RM = _window_regions(windows, region_lists)
-    patches, where = _pure_patches(windows, scenes, rng)
     gem_MD, plain_MD = (token_BND[:, 1:].flatten(0, 1) for token_BND in tokens)
     loss = loss_of(crop_RD, crops) + loss_of(pooling_RM @ gem_MD, regions)
-    loss = loss + 0.3 * loss_of(pooling_RM @ plain_MD, regions)
-    return loss + 0.5 * loss_of(gem_MD[where], patches)
+    return loss + 0.3 * loss_of(pooling_RM @ plain_MD, regions)
 
 
-def _truth(regions: list[Region], bank: list[Caption]) -> tuple[Tensor, Tensor]:
-    """Which caption surely holds for which region, and which surely does not; bool R x T, both."""
-    answers = [[c.is_true(r.class_index, r.detail) for c in bank] for r in regions]
-    true_RT = torch.tensor([[answer is True for answer in row] for row in answers])
-    false_RT = torch.tensor([[answer is False for answer in row] for row in answers])
-    return true_RT, false_RT
+def _truth(regions: list[Region], bank: list[Caption]) -> Tensor:
+    """Which caption holds for which region, bool R x T."""
+    return torch.tensor([[c.is_true(r.class_index, r.detail) for c in bank] for r in regions])
 
 
-def _pair_loss(cosine_RT: Tensor, true_RT: Tensor, false_RT: Tensor, scale: Tensor) -> Tensor:
+def _pair_loss(cosine_RT: Tensor, truth_RT: Tensor, scale: Tensor) -> Tensor:
     """Contrast in both directions plus the sigmoid term on the cosine itself; a scalar."""
     logit_RT = scale * cosine_RT
-    contrast = _contrast(logit_RT, true_RT, false_RT)
-    contrast = contrast + 0.5 * _contrast(logit_RT.T, true_RT.T, false_RT.T)
+    contrast = _contrast(logit_RT, truth_RT) + 0.5 * _contrast(logit_RT.T, truth_RT.T)
     margin_RT = _COSINE_SLOPE * (cosine_RT - _COSINE_MIDDLE)
-    true_mean = (F.softplus(-margin_RT) * true_RT).sum() / true_RT.sum().clamp(min=1)
-    false_mean = (F.softplus(margin_RT) * false_RT).sum() / false_RT.sum().clamp(min=1)
+    true_mean = (F.softplus(-margin_RT) * truth_RT).sum() / truth_RT.sum().clamp(min=1)
+    false_mean = (F.softplus(margin_RT) * ~truth_RT).sum() / (~truth_RT).sum().clamp(min=1)
     return contrast + 0.5 * (true_mean + false_mean)
 
 
-def _contrast(logit_RT: Tensor, true_RT: Tensor, false_RT: Tensor) -> Tensor:
+def _contrast(logit_RT: Tensor, truth_RT: Tensor) -> Tensor:
     """Mean over rows of the mean over true pairs of -log softmax against that row's false pairs."""
-    against_R1 = logit_RT.masked_fill(~false_RT, -torch.inf).logsumexp(1, keepdim=True)
-    loss_RT = F.softplus(against_R1 - logit_RT) * true_RT
-    true_R = true_RT.sum(1)
+    against_R1 = logit_RT.masked_fill(truth_RT, -torch.inf).logsumexp(1, keepdim=True)
+    loss_RT = F.softplus(against_R1 - logit_RT) * truth_RT
+    true_R = truth_RT.sum(1)
     return (loss_RT.sum(1) / true_R.clamp(min=1)).sum() / (true_R > 0).sum().clamp(min=1)
 
 
-def _strange_colours(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
-    """Swaps colour channels in a share of scenes, or typical colours would stand in for shape.
+def _regions(scene: Scene, rng: np.random.Generator, kept_typical: float) -> list[Region]:
+    """Objects of a scene under imperfect masks, and half of the time a background region.
 
-    Nobody knows the colour words of such a scene; they become "".
+    Six objects in ten wear their class's typical colour. Most of those are left out, or colour
+    would stand in for shape: that is learned first, and nothing after it.
     """
-    if rng.random() >= share:
-        return scene
-    order = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))[rng.integers(5)]
-    objects = tuple(replace(item, colour="") for item in scene.objects)
-    image_HWC = np.ascontiguousarray(scene.image_HWC[..., order])
-    return replace(scene, image_HWC=image_HWC, objects=objects)
-
-
-def _regions(scene: Scene, rng: np.random.Generator) -> list[Region]:
-    """The objects of a scene under imperfect masks, and up to three background regions."""
     regions = []
     for item in scene.objects:
-        whole = Region(
-            scene.image_HWC, scene.label_HW, item.mask_HW, item.class_index, item.colour or None
-        )
-        regions.append(_perturb(whole, rng))
+        typical = item.colour == TYPICAL_COLOURS[CLASSES[item.class_index - 1]]
+        if not typical or rng.random() < kept_typical:
+            known = (item.mask_HW, item.class_index, item.colour)
+            others = [other.mask_HW for other in scene.objects if other is not item]
+            whole = Region(scene.image_HWC, scene.label_HW, *known)
+            regions.append(_perturb(whole, others, rng))
+    if rng.random() < 0.5:
+        return regions
     silhouettes = [item.mask_HW for item in scene.objects]
-    for kind in rng.choice(("whole", "halo", "silhouette", "blob"), 3):
-        mask_HW = _background_mask(scene.label_HW, silhouettes, str(kind), rng)
-        if mask_HW.sum() >= 40:
-            regions.append(Region(scene.image_HWC, scene.label_HW, mask_HW, 0, scene.background))
+    kind = str(rng.choice(("whole", "halo", "silhouette", "box")))
+    mask_HW = _background_mask(scene.label_HW, silhouettes, kind, rng)
+    if mask_HW.sum() >= 40:
+        known = (mask_HW, 0, scene.background)
+        regions.append(Region(scene.image_HWC, scene.label_HW, *known))
     return regions
 
 
-def _perturb(region: Region, rng: np.random.Generator) -> Region:
-    """Makes the mask as bad as a segmenter's may be; left alone if it would leave its object."""
+def _perturb(region: Region, others: list[np.ndarray], rng: np.random.Generator) -> Region:
+    """Makes the mask as bad as a segmenter's may be; left alone if too little would be right.
+
+    The tiny SAM's own mistakes are mostly two: parts of an object, and a neighbour's part too.
+    """
     mask_HW = region.mask_HW
     kind = rng.choice(
-        ("none", "grow", "shrink", "shift", "part", "leak"), p=(0.4, 0.16, 0.14, 0.1, 0.12, 0.08)
+        ("none", "grow", "shrink", "shift", "leak", "part", "merge"),
+        p=(0.34, 0.08, 0.08, 0.06, 0.04, 0.22, 0.18),
     )
     if kind == "grow":
         mask_HW = _grow(mask_HW, int(rng.integers(1, 4)))
     elif kind == "shrink":
-        mask_HW = ~_grow(~mask_HW, int(rng.integers(1, 4)))
+        mask_HW = ~_grow(~mask_HW, int(rng.integers(1, 3)))
     elif kind == "shift":
         mask_HW = np.roll(mask_HW, rng.integers(-4, 5, size=2), (0, 1))
-    elif kind == "part":
-        mask_HW = mask_HW & _half_plane(mask_HW, rng)
     elif kind == "leak":
         mask_HW = mask_HW | (_grow(mask_HW, 9) & _half_plane(mask_HW, rng, 0.15))
-    area_px = mask_HW.sum()
+    elif kind == "part":
+        mask_HW = mask_HW & _half_plane(mask_HW, rng, rng.uniform(0.25, 0.8))
+    elif kind == "merge" and others:
+        middle_yx = np.argwhere(mask_HW).mean(0)
+        far = [np.hypot(*(np.argwhere(other).mean(0) - middle_yx)) for other in others]
+        near_HW = others[int(np.argmin(far))]
+        mask_HW = mask_HW | (near_HW & _half_plane(near_HW, rng, rng.uniform(0.1, 0.9)))
     inside = (region.mask_HW & mask_HW).sum()
-    if area_px < 20 or inside < 0.6 * area_px or inside < 0.4 * region.mask_HW.sum():
+    if inside < 20 or inside < 0.55 * mask_HW.sum():
         return region
     return replace(region, mask_HW=mask_HW)
 
 
-def _half_plane(
-    mask_HW: np.ndarray, rng: np.random.Generator, keep: float | None = None
-) -> np.ndarray:
-    """Pixels on one side of a random line that leaves `keep` (else .45 to .8) of the mask there."""
+def _half_plane(mask_HW: np.ndarray, rng: np.random.Generator, keep: float) -> np.ndarray:
+    """Pixels on one side of a random line that leaves a share `keep` of the mask there."""
     y, x = np.nonzero(mask_HW)
     angle = rng.uniform(0, 2 * math.pi)
-    along = x * math.cos(angle) + y * math.sin(angle)
-    limit = np.quantile(along, rng.uniform(0.45, 0.8) if keep is None else keep)
+    limit = np.quantile(x * math.cos(angle) + y * math.sin(angle), keep)
     at_y, at_x = np.mgrid[: mask_HW.shape[0], : mask_HW.shape[1]]
     return at_x * math.cos(angle) + at_y * math.sin(angle) <= limit
 
@@ -379,6 +394,9 @@ def crop_view(region: Region, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.3 or not honest:
         image_HWC = np.where(region.mask_HW[..., None], image_HWC, np.uint8(fill))
     margin = rng.uniform(0, 0.25) if rng.random() < 0.4 else 0.0
+    if rng.random() < 0.2:  # specks far from the rest of a mask make its box larger
+        x0, y0 = (v - int(rng.integers(0, 20)) for v in (x0, y0))
+        x1, y1 = (v + int(rng.integers(0, 20)) for v in (x1, y1))
     half_w, half_h = (x1 - x0) * (0.5 + margin), (y1 - y0) * (0.5 + margin)
     if rng.random() < 0.85:
         half_w = half_h = max(half_w, half_h)
@@ -454,12 +472,14 @@ def _whole_scenes() -> list[Window]:
     return [Window(number, everything, everything) for number in range(_DENSE_SCENES)]
 
 
-def _draw_windows(scenes: list[Scene], rng: np.random.Generator) -> list[Window]:
+def _draw_windows(region_lists: list[list[Region]], rng: np.random.Generator) -> list[Window]:
     """Windows around objects, up to `_WINDOWS`: a quarter of the tokens, all of the object."""
     windows = []
-    for number, scene in enumerate(scenes):
-        for item in rng.permutation(np.array(scene.objects, object))[:_WINDOWS_A_SCENE]:
-            middle_yx = np.argwhere(item.mask_HW).mean(0) * _grid() / item.mask_HW.shape[0]
+    for number, regions in enumerate(region_lists):
+        for region in regions:
+            if region.class_index == 0:
+                continue
+            middle_yx = np.argwhere(region.mask_HW).mean(0) * _grid() / region.mask_HW.shape[0]
             start_yx = middle_yx - _WINDOW / 2 + rng.uniform(-1.5, 1.5, size=2)
             top, left = np.clip(np.round(start_yx).astype(int), 0, _grid() - _WINDOW).tolist()
             windows.append(Window(number, slice(top, top + _WINDOW), slice(left, left + _WINDOW)))
@@ -498,29 +518,3 @@ def _window_regions(
                 regions.append(region)
                 rows.append(row_BN.flatten())
     return regions, torch.stack(rows)
-
-
-def _pure_patches(
-    windows: list[Window], scenes: list[Scene], rng: np.random.Generator
-) -> tuple[list[Region], Tensor]:
-    """Patches (nearly) inside one object or the background, half each; indices in B*N."""
-    regions, where = [], []
-    wanted = _PATCHES // len(windows) // 2
-    for number, window in enumerate(windows):
-        scene = scenes[window.scene]
-        masks = [scene.label_HW == 0] + [item.mask_HW for item in scene.objects]
-        share_RN = window.cut(_patch_share(np.stack(masks)))
-        for index, share_N in enumerate(share_RN.numpy()):
-            (pure,) = np.nonzero(share_N >= 0.85)
-            pure = rng.permutation(pure)[: wanted if index == 0 else -(-wanted // 2)]
-            where += [number * share_RN.shape[1] + int(n) for n in pure]
-            item = scene.objects[index - 1]
-            known = (0, scene.background) if index == 0 else (item.class_index, item.colour or None)
-            regions += [Region(scene.image_HWC, scene.label_HW, masks[index], *known)] * len(pure)
-    return regions, torch.tensor(where)
-
-
-def _patch_share(mask_RHW: np.ndarray) -> Tensor:
-    """Fraction of every patch of the dense grid that a mask covers, float32 R x G x G."""
-    mask_R1HW = torch.from_numpy(mask_RHW).float()[:, None]
-    return F.adaptive_avg_pool2d(mask_R1HW, _grid())[:, 0]
