@@ -43,8 +43,9 @@ class SamConfig(Section):
     """Of two masks whose boxes overlap more (IoU in [0, 1]) the better stays. None: 0.7."""
     crop_n_layers: Annotated[int, Range(0, 4)] = 0
     """Further passes over smaller crops of the image, layers in [0, 4]."""
-    min_mask_region_area: Annotated[int, Range(0)] = 0
-    """Holes and islands smaller than this many pixels are removed, >= 0."""
+    min_mask_region_area: Annotated[int | None, Range(0)] = None
+    """Holes and islands smaller than this many pixels are removed, >= 0. None: 0, or the model's
+    own."""
     random_weights: bool = False
     """For tests: random weights (seed 0) instead of a checkpoint; the masks mean nothing."""
 

@@ -48,6 +48,7 @@ def test_the_published_settings_are_those_of_their_authors():
         "stability_score_thresh": 0.95,
         "stability_score_offset": 1.0,
         "box_nms_thresh": 0.7,
+        "min_mask_region_area": 0,
     }
     assert (
         flat["prompts.templates"] == ["a photo of a {class}"] and flat["prompts.background"] == []

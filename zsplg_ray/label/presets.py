@@ -20,6 +20,7 @@ SAM_DEFAULTS = {
     "stability_score_thresh": 0.95,
     "stability_score_offset": 1.0,
     "box_nms_thresh": 0.7,
+    "min_mask_region_area": 0,
 }
 """Defaults of segment_anything's SamAutomaticMaskGenerator."""
 

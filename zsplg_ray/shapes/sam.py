@@ -42,6 +42,7 @@ GENERATOR_SETTINGS: dict[str, Any] = {
     "stability_score_thresh": 0.7,
     "stability_score_offset": 0.5,
     "box_nms_thresh": 0.5,
+    "min_mask_region_area": 80,
 }
 """Arguments of `SamAutomaticMaskGenerator` that fit this SAM, tuned on training-side scenes."""
 

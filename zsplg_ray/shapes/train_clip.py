@@ -415,9 +415,11 @@ def cut(
 ) -> np.ndarray:
     """Cut a box, filled where it leaves the image, and resize it to the model's side: uint8 RGB."""
     side_px = clip.MODEL_CONFIG["vision_cfg"]["image_size"]
-    pad = math.ceil(max(half_wh)) + 1
-    padded_HWC = np.pad(image_HWC, ((pad, pad), (pad, pad), (0, 0)), constant_values=fill)
     (x, y), (half_w, half_h) = centre_xy, half_wh
+    height, width = image_HWC.shape[:2]
+    outside = max(half_w - x, half_h - y, x + half_w - width, y + half_h - height, 0)
+    pad = math.ceil(outside) + 1
+    padded_HWC = np.pad(image_HWC, ((pad, pad), (pad, pad), (0, 0)), constant_values=fill)
     box = (x - half_w + pad, y - half_h + pad, x + half_w + pad, y + half_h + pad)
     picture = Image.fromarray(padded_HWC)
     return np.asarray(picture.resize((side_px, side_px), Image.Resampling.BICUBIC, box=box))
