@@ -103,7 +103,8 @@ def tear(folder, kind, name, share):
 
 def check_repair(folder, wreck):
     write(folder, wreck)
-    found = folder.repair(retry=wreck.retry.__contains__)
+    folder.forget_errors(wreck.retry)
+    found = folder.repair()
     whole = [p for p in wreck.parts if p.segments and "segments" not in p.torn]
     done = {i for part in whole for i in part.ids}
     whole_errors = wreck.errors if wreck.torn_errors is None else wreck.errors[1:]

@@ -70,7 +70,7 @@ def _tell(run: Mapping[str, Any], folder: str, as_json: bool) -> None:
         print(json.dumps(run))
         return
     counts = run["counts"]
-    print(f"{counts['labelled']} of {counts['images']} images labelled in {folder}")
+    print(f"{counts['labelled']} images labelled in {folder}")
     if counts["quarantined"]:
         print(f"{counts['quarantined']} could not be done, see {folder}/errors")
     if preview:

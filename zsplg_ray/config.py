@@ -155,7 +155,10 @@ class ActorsConfig(Section):
     """Seconds after which finished images are written even if fewer, >= 0."""
 
     def extra_checks(self) -> None:
-        """At least as many actors may run as must run."""
+        """At least as many actors may run as must run, on whole GPUs or parts of one."""
+        if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
+            rule = "a whole number where it is over 1"
+            raise ValueError(complain("actors.gpus", rule, self.gpus, "give an actor whole GPUs"))
         if self.max is not None and self.max < self.min:
             raise ValueError(
                 complain(
@@ -283,4 +286,4 @@ class DoctorConfig(Section):
     out: str = "."
     """Folder or URI whose storage is tried."""
     json: bool = False
-    """One JSON object on stdout instead of lines."""
+    """A JSON list on stdout instead of lines."""

@@ -29,7 +29,7 @@ def demo(config: DemoConfig) -> str:
     began = time.monotonic()
     out = Path(config.out)
     scenes = out / f"scenes_{config.n}"
-    if not (scenes / "SegmentationClass").is_dir():
+    if not (scenes / "ImageSets" / "Segmentation" / "val.txt").exists():  # written last
         log.info("making %d scenes with masks in %s", config.n, scenes)
         write_voc(scenes, config.n, seed=0)
     embedders = ("crop", "gem") if config.embedder == "both" else (config.embedder,)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -82,8 +83,10 @@ class RunFolder:
         hidden = f"{parent}/_{base}.{uuid.uuid4().hex}"
         self.fs.create_dir(parent, recursive=True)
         try:
-            with self.fs.open_output_stream(hidden) as stream:
+            with Path(hidden).open("wb") as stream:
                 stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())  # else a power cut may leave a whole name and no content
             Path(hidden).replace(target)
         except BaseException:
             Path(hidden).unlink(missing_ok=True)
@@ -199,12 +202,8 @@ class RunFolder:
         found = self.map_parts(self.parts(kind), ids)
         return {name: ids for name, ids in found.items() if ids is not None}
 
-    def repair(self, retry: Callable[[str], bool] = lambda image_id: False) -> Repaired:
-        """Bring the folder to the state in which every image stands once, and tell what is there.
-
-        Args:
-            retry: tells of an id in errors/ whether it is to be tried again (its row is dropped).
-        """
+    def repair(self) -> Repaired:
+        """Bring the folder to the state where every image stands once, and tell what is there."""
         if self.local:
             for kind in (".", *KINDS):
                 for left in Path(self.path, kind).glob("_*"):
@@ -225,9 +224,13 @@ class RunFolder:
             if name in labels and labels[name] != segments[name]:
                 self.delete_part("labels", name)  # half mended before: composed anew from segments
                 del labels[name]
-        failed = self._repair_errors(lambda image_id: image_id in done or retry(image_id))
+        failed = self._repair_errors(done.__contains__)
         unlabelled = sorted(name for name in segments if name not in labels and segments[name])
         return Repaired(done, failed, unlabelled)
+
+    def forget_errors(self, image_ids: set[str]) -> None:
+        """Drop the errors rows of images that are about to be tried again."""
+        self._repair_errors(image_ids.__contains__)
 
     def _keep_rows(
         self, kind: Kind, name: str, ids: dict[str, list[str]], keep: list[bool]

@@ -87,6 +87,7 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
         raise ValueError(complain("out", "a folder", folder.uri, "give another path"))
     old = folder.read_run()
     if old is None:
+        _refuse_other_parts(folder, run)
         return
     source, now = old["config"]["images"], run["config"]["images"]
     if source != now:
@@ -109,6 +110,18 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
                 part = "names" if before["names"] != now["names"] else "aliases"
                 before, now = before[part], now[part]
             raise ValueError(complain(name, f"{before} as in {folder.uri}", now, fix))
+
+
+def _refuse_other_parts(folder: RunFolder, run: Mapping[str, Any]) -> None:
+    """Parts without a run.json must at least be of the same models and settings."""
+    names = folder.parts("segments")
+    if not names or not run["weights"]:
+        return
+    found = folder.part_meta("segments", names[0]).get("fingerprint")
+    if found != run["fingerprint"]:
+        fix = "restore run.json, or use another --out"
+        rule = f"a folder of segments with fingerprint {run['fingerprint']}"
+        raise ValueError(complain("out", rule, f"{found} in {folder.uri}", fix))
 
 
 def relabelled(

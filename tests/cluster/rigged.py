@@ -51,6 +51,35 @@ def load_blind(config, naming, device):
     return Labeler(Blind(), Labeler.load(config, naming, device).embedder, naming)
 
 
+class Strange(Killing):
+    """Gives labels that cannot be written: class indices beyond the list."""
+
+    def label(self, image_HWC: np.ndarray):
+        segments, composed = self.inner.label(image_HWC)
+        composed.label_HW[:] = 200
+        return segments, composed
+
+
+def load_strange(config, naming, device):
+    return Strange(Labeler.load(config, naming, device))
+
+
+class BrokenDevice(Killing):
+    """From a pure red image on, everything fails, as on a GPU after an illegal access."""
+
+    broken = False
+
+    def label(self, image_HWC: np.ndarray):
+        self.broken |= bool((image_HWC == (255, 0, 0)).all())
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return self.inner.label(image_HWC)
+
+
+def load_broken_device(config, naming, device):
+    return BrokenDevice(Labeler.load(config, naming, device))
+
+
 def load_others(config, naming, device):
     labeler = Labeler.load(config, naming, device)
     labeler.weights = {"sam": "another file", "clip": "another file"}

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.rigged import LoadCounting, config, load_blind, load_killing, load_others
+from tests.cluster.rigged import (
+    LoadCounting,
+    config,
+    load_blind,
+    load_broken_device,
+    load_killing,
+    load_others,
+    load_strange,
+)
 from zsplg_ray.cluster.label import label, prepare
 from zsplg_ray.images import decode_image
 from zsplg_ray.label.labeler import Labeler
@@ -164,8 +172,28 @@ def test_only_one_run_at_a_time(tmp_path):
 
     images = fill(tmp_path / "images", {"a": (1, 2, 3)})
     folder = RunFolder(str(tmp_path / "run"))
-    with only_run(folder), pytest.raises(ValueError, match="one run at a time"):
-        label(config(images, tmp_path / "run"))
+    with only_run(folder):
+        for _ in range(2):  # being refused must not take the lock from who has it
+            with pytest.raises(ValueError, match="one run at a time"):
+                label(config(images, tmp_path / "run"))
+
+
+def test_a_row_that_cannot_be_made_is_an_error_and_nothing_else(scenes, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted((scenes / "JPEGImages").iterdir())[:3]:
+        shutil.copy(path, images)
+    run = label(config(images, tmp_path / "run"), load=load_strange)
+    assert (run["counts"]["labelled"], run["counts"]["quarantined"]) == (0, 3)
+    assert ids(tmp_path / "run", "segments") == ids(tmp_path / "run", "labels") == []
+
+
+def test_a_gpu_that_failed_for_good_costs_one_image_and_not_the_rest(tmp_path):
+    images = fill(tmp_path / "images", {f"good{i}": (10 * i, 99, 40) for i in range(5)})
+    fill(images, {"breaks": (255, 0, 0)})
+    run = label(config(images, tmp_path / "run"), load=load_broken_device)
+    assert (run["counts"]["labelled"], run["counts"]["quarantined"]) == (5, 1)
+    assert ids(tmp_path / "run", "errors") == ["breaks.png"]
 
 
 def test_other_weights_on_a_node_than_on_the_driver_are_refused(tmp_path):

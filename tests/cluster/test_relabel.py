@@ -113,3 +113,24 @@ def test_bad_input(run, tmp_path):
     with pytest.raises(ValueError, match="circle"):
         relabel(settings(run, **{"compose.min_similarity": {"cirlce": 0.3, "*": 0.1}}))
     assert RunFolder(str(run)).read_run() == before
+
+
+def test_a_run_that_was_killed_before_it_counted_can_be_relabelled(run):
+    folder = RunFolder(str(run))
+    content = run_json(run)
+    del content["counts"]
+    folder.write_run({**content, "state": "running"})
+    made = relabel(settings(run, **{"compose.order": "area"}))
+    assert made["counts"]["labelled"] == 24 and run_json(run)["labels_state"] == "complete"
+
+
+def test_a_cluster_out_of_reach_leaves_the_labels_whole(run, monkeypatch):
+    before = run_json(run)
+
+    def unreachable(config):
+        raise ValueError("ray.address must be a running Ray cluster, got auto; start it")
+
+    monkeypatch.setattr("zsplg_ray.cluster.relabel.ray_session", unreachable)
+    with pytest.raises(ValueError, match=r"ray.address"):
+        relabel(settings(run, **{"compose.order": "area"}))
+    assert run_json(run) == before

@@ -108,3 +108,25 @@ def test_where_the_cluster_is(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     assert cluster_address(RayConfig()) == "ray://head:10001"
     assert cluster_address(RayConfig(address="auto")) == "auto"
+
+
+def test_an_actor_fits_on_one_node():
+    four = {"CPU": 32.0}, {"CPU": 8.0}
+    made = plan_actors(ActorsConfig(), four[0], False, four[1])
+    assert made.cpus == 8 and made.decode_cpus == 1
+    with pytest.raises(ValueError, match=r"within the largest node's 8 CPUs, got 16 CPUs"):
+        plan_actors(ActorsConfig(cpus=16.0), four[0], False, four[1])
+    with pytest.raises(ValueError, match=r"within the largest node's 1 GPUs, got 2 GPUs"):
+        gpus = {"CPU": 8.0, "GPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}
+        plan_actors(ActorsConfig(gpus=2.0), gpus[0], False, gpus[1])
+
+
+def test_a_cluster_that_grows_is_not_cut_to_what_it_has_now():
+    made = plan(0, growing=True)
+    assert made.decode_cpus == 1 and made.cpus == 1
+    assert plan(8, growing=True, max=32).cpus == 1
+
+
+def test_gpus_are_whole_or_parts_of_one():
+    with pytest.raises(ValueError, match=r"actors.gpus must be a whole number"):
+        ActorsConfig(gpus=1.5)

@@ -8,6 +8,7 @@ not done again; what stands there twice after a crash is mended (rundir.repair).
 from __future__ import annotations
 
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
 from zsplg_ray.cluster.parts import PartWriter
 from zsplg_ray.cluster.session import Plan
 from zsplg_ray.config import LabelConfig
-from zsplg_ray.label.labeler import LabelsImages, Naming
+from zsplg_ray.label.labeler import LabelsImages, Naming, is_broken_device
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
 
@@ -102,8 +103,16 @@ class LabelActor:
         try:
             to.add(image, *self.labeler.label(pixels(block, image)))
         except Exception as e:  # one bad image never stops the rest
+            if is_broken_device(e):
+                self._leave(to)
             to.fail(image, "label", f"{type(e).__name__}: {e}", traceback.format_exc())
         self.ledger.finish("label", image["image_id"])
+
+    def _leave(self, writer: PartWriter) -> None:
+        """A GPU that has failed once fails for good in this process; a new one may try again."""
+        if writer.ids:
+            self._commit(writer)
+        os._exit(1)  # the ledger counts this as a death of the image under way
 
     def _commit(self, writer: PartWriter) -> None:
         ids = writer.ids

@@ -43,8 +43,9 @@ def decode_block(block: pa.Table, max_px: int, ledger: Ledger) -> Iterator[pa.Ta
             yield _table(row, stage="decode", error=error)
             continue
         ledger.begin("decode", image_id)
-        yield _decoded(row, max_px)
-        ledger.finish("decode", image_id)
+        table = _decoded(row, max_px)
+        ledger.finish("decode", image_id)  # before the wait for somebody to take it
+        yield table
 
 
 def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:

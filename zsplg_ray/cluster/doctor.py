@@ -93,9 +93,10 @@ def _sam(config: DoctorConfig) -> Finding:
     if checkpoint is not None:
         if "://" in checkpoint:
             return _finding("ok", f"{checkpoint} will be fetched once")
-        if not Path(checkpoint).is_file():
+        path = Path(checkpoint).expanduser()
+        if not path.is_file():
             return _finding("fail", f"no file {checkpoint}", "give another --sam-checkpoint")
-        return _finding("ok", f"{checkpoint}, SHA-256 {sha256_file(Path(checkpoint))}")
+        return _finding("ok", f"{checkpoint}, SHA-256 {sha256_file(path)}")
     if model == "shapes":
         return _finding("ok", "the tiny SAM that comes with the package")
     official = OFFICIAL[model]

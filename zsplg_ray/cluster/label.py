@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from filelock import FileLock, Timeout
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from zsplg_ray.cluster.actor import Job, LabelActor, Load
@@ -32,6 +33,7 @@ from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import (
     Plan,
     cluster_address,
+    last_line,
     plan_actors,
     quiet_ray_data,
     ray_session,
@@ -41,10 +43,16 @@ from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.labeler import Labeler, Naming
 from zsplg_ray.label.presets import resolve_label, unknown_names
-from zsplg_ray.label.weights import check_sam, load_clip, sam_sha256, state_sha256
+from zsplg_ray.label.weights import (
+    absolute_paths,
+    check_sam,
+    load_clip,
+    sam_sha256,
+    state_sha256,
+)
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import describe_run, part_meta, refuse_other_run
-from zsplg_ray.settings import WorkError, complain
+from zsplg_ray.settings import WorkError, complain, override
 from zsplg_ray.sources import list_images
 from zsplg_ray.vocab import ClassList, class_list
 
@@ -79,15 +87,14 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
     run = describe_run(config, resolved, classes, weights)
     refuse_other_run(folder, run)
     with only_run(folder):
-        known = set(manifest["image_id"].to_pylist())
-        found = folder.repair(retry=known.__contains__)
-        for name in found.unlabelled:
-            labels = relabel_table(folder.read_part("segments", name), naming)
-            folder.write_part("labels", name, labels, part_meta(run))
+        refuse_other_run(folder, run)  # again: another one may have been at work until now
+        found = folder.repair()
         todo = folder.anti_join(manifest, found.done)
         progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
-        job = Job(resolved, naming, folder, part_meta(run), weights, load)
+        job = Job(absolute_paths(resolved), naming, folder, part_meta(run), weights, load)
         _work(job, todo, run, progress)
+        run["counts"]["labelled_now"] = run["counts"]["labelled"] - len(found.done)
+        folder.write_run(run)
     return run
 
 
@@ -116,16 +123,18 @@ def only_run(folder: RunFolder) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", timeout=0)
     try:
-        with lock:
-            yield
+        lock.acquire()
     except Timeout as e:
         fix = "wait for the other one, or stop it"
         raise ValueError(complain("out", "used by one run at a time", folder.uri, fix)) from e
+    try:
+        yield
     finally:
-        if not (path / "run.json").exists():
+        if not (path / "run.json").exists():  # bad input leaves nothing behind
             (path / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                path.rmdir()  # bad input leaves nothing behind
+                path.rmdir()
+        lock.release()
 
 
 def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> None:
@@ -135,12 +144,9 @@ def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> 
     try:
         if len(todo):
             with ray_session(job.config.ray):
-                growing = cluster_address(job.config.ray) != "local"
-                plan = plan_actors(job.config.actors, ray.cluster_resources(), growing)
-                if job.config.device == "cuda" and not plan.gpus:
-                    fix = "set --actors.gpus, or --device cpu"
-                    raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))
+                plan = _plan(job.config)
                 job.folder.write_run(run)
+                job.folder.forget_errors(set(todo["image_id"].to_pylist()))
                 label_blocks(job, todo, plan, progress)
         state = "complete"
     except KeyboardInterrupt:
@@ -152,19 +158,38 @@ def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> 
         run["seconds"] = round(time.monotonic() - began, 3)
         run["images_per_s"] = round(progress.rate(), 3)
         if not len(todo) or job.folder.read_run() is not None:
-            _settle(job.folder, run, progress)
+            _settle(job, run, progress)
 
 
-def _settle(folder: RunFolder, run: dict[str, Any], progress: Progress) -> None:
+def _plan(config: LabelConfig) -> Plan:
+    """Actors that fit the cluster we are connected to. Raises: ValueError if none do."""
+    growing = cluster_address(config.ray) != "local"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = {r: max((node.get(r, 0.0) for node in nodes), default=0.0) for r in ("CPU", "GPU")}
+    actors = config.actors
+    if config.device == "cpu" and actors.gpus is None:
+        actors = override(actors, {"gpus": 0.0})
+    plan = plan_actors(actors, ray.cluster_resources(), growing, largest)
+    if config.device == "cuda" and not plan.gpus:
+        fix = "set --actors.gpus, or --device cpu"
+        raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))
+    return plan
+
+
+def _settle(job: Job, run: dict[str, Any], progress: Progress) -> None:
     """Mend what a crash may have left, count, and write run.json; never hides why work failed."""
+    folder = job.folder
     try:
         after = folder.repair()
+        for name in after.unlabelled:
+            labels = relabel_table(folder.read_part("segments", name), job.naming)
+            folder.write_part("labels", name, labels, job.meta)
         run["counts"] = {
             "images": progress.total,
             "labelled": len(after.done),
             "quarantined": len(after.failed),
             "skipped_as_done": progress.skipped,
-            "labelled_now": progress.labelled,
+            "labelled_now": progress.labelled,  # less what a dead actor did; see label()
         }
         folder.write_run(run)
     except OSError as e:
@@ -212,6 +237,10 @@ def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> No
                     f"{progress.failed} failed so far, see {job.folder.uri}/errors"
                 )
     except RayError as e:
-        raise WorkError(f"{type(e).__name__}: {str(e).strip().splitlines()[-1]}") from e
+        raise WorkError(last_line(e)) from e
+    except ExecutionTimeoutError as e:
+        told = "nothing moves; see whether the cluster can place the actors (`ray status`)"
+        raise WorkError(told) from e
     finally:
-        ledger.close()
+        with contextlib.suppress(RayError):
+            ledger.close()

@@ -74,15 +74,15 @@ class PartWriter:
     def add(self, image: Mapping[str, Any], segments: Segments, composed: Composed) -> None:
         """One image done. `image` has image_id, uri and image_sha256."""
         height, width = segments.size_hw
-        self.segments.append(
-            {
-                **{k: image[k] for k in ("image_id", "uri", "image_sha256")},
-                "width": width,
-                "height": height,
-                "segments": segments.to_rows(),
-            }
-        )
-        self.labels.append(labels_row(image, composed, self.n_classes))
+        row = {
+            **{k: image[k] for k in ("image_id", "uri", "image_sha256")},
+            "width": width,
+            "height": height,
+            "segments": segments.to_rows(),
+        }
+        label = labels_row(image, composed, self.n_classes)  # may fail: then neither is kept
+        self.segments.append(row)
+        self.labels.append(label)
 
     def fail(self, image: Mapping[str, Any], stage: str, error: str, detail: str = "") -> None:
         """One image that could not be done."""

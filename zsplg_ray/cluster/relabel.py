@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from zsplg_ray.cluster.label import only_run
 from zsplg_ray.cluster.parts import relabel_table
 from zsplg_ray.cluster.progress import Progress
-from zsplg_ray.cluster.session import quiet_ray_data, ray_session
+from zsplg_ray.cluster.session import last_line, quiet_ray_data, ray_session
 from zsplg_ray.config import ClipConfig, RelabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
@@ -50,6 +50,20 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
     """
     folder = RunFolder(config.run)
     folder.label_settings()  # says so if there is no run
+    with only_run(folder):
+        run, naming = _prepare(folder, config)
+        found = folder.repair()
+        counts = {"images": len(found.done) + len(found.failed), **run.get("counts", {})}
+        counts |= {"labelled": len(found.done), "quarantined": len(found.failed)}
+        run["counts"] = counts
+        run["relabel_seconds"] = _relabel_parts(folder, naming, run, config)
+        run["labels_state"] = "complete"
+        folder.write_run(run)
+    return run
+
+
+def _prepare(folder: RunFolder, config: RelabelConfig) -> tuple[dict[str, Any], Naming]:
+    """run.json as it is to become, and what names the segments. Raises: ValueError, bad input."""
     run = folder.read_run() or {}
     classes = class_list(config.classes) if config.classes else ClassList.from_dict(run["classes"])
     clip = from_mapping(
@@ -64,15 +78,7 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         rule = f"of SHA-256 {run['weights']['clip']}"
         raise ValueError(complain("weights of clip", rule, sha256, fix))
     bank = ClipEncoder(model, tokenizer, clip).encode_classes(classes, resolved.prompts)
-    naming = Naming(classes, bank, resolved.compose)
-    run = relabelled(run, config, resolved, classes)
-    with only_run(folder):
-        folder.repair()
-        folder.write_run(run)
-        run["relabel_seconds"] = _relabel_parts(folder, naming, run, config)
-        run["labels_state"] = "complete"
-        folder.write_run(run)
-    return run
+    return relabelled(run, config, resolved, classes), Naming(classes, bank, resolved.compose)
 
 
 def _relabel_parts(
@@ -97,12 +103,13 @@ def _relabel_parts(
 
     if names:
         with ray_session(config.ray):
+            folder.write_run(run)  # from here on labels are mixed, and readers are told so
             quiet_ray_data()
             try:
                 for row in ray.data.from_items(names).map(relabel_part).iter_rows():
                     progress.add(row["images"], 0)
             except RayError as e:
-                told = str(e).strip().splitlines()[-1]
-                raise WorkError(f"relabelling stopped ({told}); run it again to go on") from e
+                told = f"relabelling stopped ({last_line(e)}); run it again to go on"
+                raise WorkError(told) from e
     progress.close()
     return round(time.monotonic() - began, 3)

@@ -85,34 +85,52 @@ class Plan:
         return max(1, math.floor(self.cpus))
 
 
-def plan_actors(config: ActorsConfig, resources: Mapping[str, float], growing: bool) -> Plan:
+def last_line(error: BaseException) -> str:
+    """Kind and last line of one of Ray's long messages."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def plan_actors(
+    config: ActorsConfig,
+    resources: Mapping[str, float],
+    growing: bool,
+    largest: Mapping[str, float] | None = None,
+) -> Plan:
     """Fill in what `config` leaves open and check that the cluster can hold it.
 
     Args:
         config: The actors asked for.
         resources: What the cluster has now: {"CPU": 8.0, "GPU": 2.0}.
         growing: Whether it may grow (an autoscaler): then what is missing is only warned of.
+        largest: The most that one node has; an actor stands on one. None: there is one node.
 
     Raises: ValueError that names the setting which does not fit.
     """
+    largest = largest or resources
     have_cpus, have_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     gpus = config.gpus if config.gpus is not None else float(have_gpus >= 1)
     fitting = math.floor(have_gpus / gpus) if gpus else 1
     most = config.max if config.max is not None else max(config.min, fitting)
-    decode = min(config.decode_cpus, max(have_cpus / 2, 0.01))
+    decode = config.decode_cpus if growing else min(config.decode_cpus, max(have_cpus / 2, 0.01))
     cpus = config.cpus
     if cpus is None:
-        share = (have_cpus - decode) / most
-        cpus = 0.0 if gpus else float(math.floor(share)) if share >= 1 else max(share, 0.01)
+        share = min((have_cpus - decode) / most, largest.get("CPU", 0.0))
+        whole = float(math.floor(share)) if share >= 1 else 1.0 if growing else max(share, 0.01)
+        cpus = 0.0 if gpus else whole
     plan = Plan(config.min, most, gpus, cpus, decode)
-    needs = {"actors.gpus": (config.min * gpus, have_gpus, "GPUs")}
-    needs["actors.cpus"] = (config.min * cpus + decode, have_cpus, "CPUs")
-    for name, (need, have, unit) in needs.items():
+    needs = [("actors.gpus", config.min * gpus, have_gpus, "GPUs", "the cluster's")]
+    needs += [("actors.cpus", config.min * cpus + decode, have_cpus, "CPUs", "the cluster's")]
+    needs += [("actors.gpus", gpus, largest.get("GPU", 0.0), "GPUs", "the largest node's")]
+    needs += [("actors.cpus", cpus, largest.get("CPU", 0.0), "CPUs", "the largest node's")]
+    for name, need, have, unit, whose in needs:
         if need <= have + 1e-9:
             continue
-        asked = f"{need:g} {unit} in all ({config.min} actors and one image-reading task)"
+        asked = f"{need:g} {unit}"
+        if whose == "the cluster's":
+            asked += f" in all ({config.min} actors and one image-reading task)"
         if not growing:
             fix = f"lower {name}, actors.min or actors.decode_cpus, or add a node"
-            raise ValueError(complain(name, f"within the cluster's {have:g} {unit}", asked, fix))
+            raise ValueError(complain(name, f"within {whose} {have:g} {unit}", asked, fix))
         log.warning("%s: %s asked for, %g there now; waiting for the cluster", name, asked, have)
     return plan

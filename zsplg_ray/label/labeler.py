@@ -133,8 +133,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch (GPU or CPU) or Python says that memory ran out."""
     told = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in told for sign in ("out of memory", "can't allocate memory", "not enough memory")
+        sign in told
+        for sign in ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
     )
+
+
+def is_broken_device(error: BaseException) -> bool:
+    """Whether a GPU reports an error after which it answers nothing else in this process."""
+    if is_out_of_memory(error):
+        return False
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
 def _smaller(image_HWC: np.ndarray, shrink: int) -> np.ndarray:

@@ -31,7 +31,7 @@ class MaskProposer:
             stability_score_offset=config.stability_score_offset,  # type: ignore[arg-type]
             box_nms_thresh=config.box_nms_thresh,  # type: ignore[arg-type]
             crop_n_layers=config.crop_n_layers,
-            min_mask_region_area=config.min_mask_region_area,
+            min_mask_region_area=config.min_mask_region_area or 0,
             output_mode="coco_rle",
         )
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
-from zsplg_ray.config import ClipConfig, SamConfig
-from zsplg_ray.settings import complain, nearest
+from zsplg_ray.config import ClipConfig, LabelConfig, SamConfig
+from zsplg_ray.settings import complain, nearest, override
 from zsplg_ray.storage import cache_dir
 
 log = logging.getLogger(__name__)
@@ -170,6 +170,21 @@ def load_sam(config: SamConfig, device: str = "cpu") -> Sam:
     if path is not None:
         sam.load_state_dict(read_state(path))
     return sam.eval().requires_grad_(False).to(device)
+
+
+def absolute_paths(config: LabelConfig) -> LabelConfig:
+    """The same with local weights by absolute path, for workers that start in another folder."""
+    changes: dict[str, str] = {}
+    checkpoint, clip = config.sam.checkpoint, config.clip.model
+    if checkpoint is not None and "://" not in checkpoint:
+        changes["sam.checkpoint"] = str(Path(checkpoint).expanduser().absolute())
+    scheme, _, folder = clip.rpartition("local-dir:")
+    model, _, file = clip.partition("/")
+    if folder != clip and not scheme:
+        changes["clip.model"] = f"local-dir:{Path(folder).expanduser().absolute()}"
+    elif not clip.startswith("hf-hub:") and Path(file).expanduser().is_file():
+        changes["clip.model"] = f"{model}/{Path(file).expanduser().absolute()}"
+    return override(config, changes)
 
 
 def check_sam(config: SamConfig) -> Path | None:

@@ -73,7 +73,7 @@ SETTINGS: dict[str, Any] = {
     "dense_px": 160,
     "templates": ("a photo of a {class}",),
     "background": ("background",),
-    "min_similarity": {"cosine": {"gem": 0.4, "crop": 0.45}, "softmax": 0.5},
+    "min_similarity": {"cosine": 0.5, "softmax": 0.5},
 }
 """What suits this model, under the names that presets use; chosen on training-side scenes."""
 

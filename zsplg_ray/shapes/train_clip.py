@@ -8,8 +8,8 @@ What is learned: regions and captions, with every caption positive for every reg
 * as a crop, through `encode_image`: the box of its mask, with context or without, the outside of
   the mask filled or not;
 * as a mask over the dense map of a whole scene, through the same `gem_tokens` and the same depth as
-  later: exactly the bilinear pooling of the method, and single patches too. Without this, dense
-  features of so small a CLIP know nothing (they were never asked for).
+  later: exactly the bilinear pooling of the method. Without this, dense features of so small a CLIP
+  know nothing (they were never asked for).
 
 Masks are made as imperfect as a segmenter's: grown, shrunk, shifted, cut in parts, merged.
 Background regions come in every form, the silhouettes of objects laid over nothing included.
@@ -25,6 +25,7 @@ tokens, L positions of a text, D joint embedding.
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,23 @@ def load(model: open_clip.CLIP, path: Path) -> None:
     unknown_E, table = state.pop("token_unknown"), state["token_embedding.weight"]
     state["token_embedding.weight"] = torch.cat([unknown_E[None], table])
     model.load_state_dict(state)
+
+
+def average(paths: Sequence[Path], out: Path) -> Path:
+    """Write the mean of several packed weights, which must stem from one another.
+
+    Source: Wortsman et al., "Model soups", ICML 2022.
+    """
+    states = [load_file(path) for path in paths]
+    mean = {
+        name: torch.stack([state[name].float() for state in states]).mean(0)
+        for name, value in states[0].items()
+        if value.is_floating_point()
+    }
+    unknown_E = mean.pop("token_unknown")
+    path = out if out.suffix == ".safetensors" else out / clip.WEIGHTS.name
+    clip.pack(path, mean, states[0]["token_ids"], unknown_E)
+    return path
 
 
 def _cosine(done: float) -> float:

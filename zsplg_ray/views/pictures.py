@@ -6,6 +6,7 @@ What enters: uint8 RGB images and label maps. What leaves: one contact sheet PNG
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,11 @@ from zsplg_ray.records import IGNORE, decode_png
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.storage import read_bytes
 from zsplg_ray.vocab import ClassList, palette
+
+log = logging.getLogger(__name__)
+
+_TRIES = 4
+"""Images tried for each one on a sheet, before the source is taken to have gone."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,27 @@ def _legend(shots: Sequence[Shot], classes: ClassList, width: int) -> Image.Imag
     return legend
 
 
+def _small(image_HWC: np.ndarray, maps: Sequence[np.ndarray], most_px: int = 512) -> Shot:
+    """An image and its label maps, made smaller where needed: a sheet holds a dozen of them."""
+    scale = min(1.0, most_px / max(image_HWC.shape[:2]))
+    height, width = (max(1, round(side * scale)) for side in image_HWC.shape[:2])
+    image = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BOX)
+    nearest = Image.Resampling.NEAREST
+    small = (np.asarray(Image.fromarray(m).resize((width, height), nearest)) for m in maps)
+    return Shot(np.asarray(image), tuple(small))
+
+
 def write_preview(folder: RunFolder) -> str | None:
     """Put a contact sheet of a run's first images beside run.json; None if none can be read."""
-    run = folder.read_run()
-    if run is None or not folder.parts("labels"):
+    try:
+        run = folder.read_run()
+        sheet = run and run_sheet(folder, ClassList.from_dict(run["classes"]))
+        if not sheet:
+            return None
+        folder.write_bytes("preview.png", sheet)
+    except OSError as e:  # the labels are there all the same
+        log.warning("no preview: %s", e)
         return None
-    sheet = run_sheet(folder, ClassList.from_dict(run["classes"]))
-    if sheet is None:
-        return None
-    folder.write_bytes("preview.png", sheet)
     return "preview.png"
 
 
@@ -110,11 +128,13 @@ def run_sheet(
 ) -> bytes | None:
     """A contact sheet of the first `n` images whose files are still there as they were labelled."""
     shots: list[Shot] = []
+    left = _TRIES * n
     for name in folder.parts("labels"):
         rows = folder.read_part("labels", name, ["image_id", "uri", "label_png"]).to_pylist()
         for row in rows:
-            if len(shots) == n:
-                return contact_sheet(shots, classes)
+            if len(shots) == n or not left:
+                return contact_sheet(shots, classes) if shots else None
+            left -= 1
             try:
                 image_HWC = decode_image(read_bytes(row["uri"]))
             except (OSError, ValueError):
@@ -123,5 +143,5 @@ def run_sheet(
             if truth is not None and truth.has(row["image_id"]):
                 maps.append(truth.read(row["image_id"]))
             if all(label_HW.shape == image_HWC.shape[:2] for label_HW in maps):
-                shots.append(Shot(image_HWC, tuple(maps)))
+                shots.append(_small(image_HWC, maps))
     return contact_sheet(shots, classes) if shots else None
