@@ -27,16 +27,16 @@ def flat(size_hw, colour) -> np.ndarray:
 
 
 def test_an_overlay_tints_classes_and_leaves_background():
-    image_HWC = flat((1, 4), (100, 50, 200))
+    image_HWC = flat((1, 4), (100, 50, 201))
     label_HW = np.array([[0, 1, 2, 255]], np.uint8)
     for strength in (0.25, 1.0):
         mixed = overlay(image_HWC, label_HW, strength)[0]
         assert mixed.dtype == np.uint8
-        assert mixed[0].tolist() == [100, 50, 200]
+        assert mixed[0].tolist() == [100, 50, 201]
         for at, colour in ((1, CAT), (2, DOG), (3, np.array([128] * 3))):
-            expected = np.rint((1 - strength) * image_HWC[0, 0] + strength * colour)
+            expected = np.rint((1 - strength) * image_HWC[0, 0].mean() + strength * colour)
             assert mixed[at].tolist() == expected.tolist()
-    assert (image_HWC == (100, 50, 200)).all(), "the image was painted on"
+    assert (image_HWC == (100, 50, 201)).all(), "the image was painted on"
 
 
 def test_a_sheet_shows_image_and_maps_side_by_side():
@@ -46,8 +46,8 @@ def test_a_sheet_shows_image_and_maps_side_by_side():
     assert sheet.shape[1] == 150 and sheet.shape[0] > 50, "three cells and a legend"
     blue = np.array([0, 0, 255])
     assert sheet[25, 25].tolist() == blue.tolist()
-    assert sheet[25, 75].tolist() == np.rint(0.4 * blue + 0.6 * CAT).tolist()
-    assert sheet[25, 125].tolist() == np.rint(0.4 * blue + 0.6 * DOG).tolist()
+    assert sheet[25, 75].tolist() == np.rint(0.3 * blue.mean() + 0.7 * CAT).tolist()
+    assert sheet[25, 125].tolist() == np.rint(0.3 * blue.mean() + 0.7 * DOG).tolist()
     legend = sheet[50:]
     assert (legend == CAT).all(axis=2).any() and (legend == DOG).all(axis=2).any()
 
@@ -127,7 +127,7 @@ def test_the_truth_stands_beside_where_there_is_one(tmp_path):
     (tmp_path / "truth" / "a.png").write_bytes(encode_png(np.full((8, 8), 2, np.uint8)))
     truth = open_truth(str(tmp_path / "truth"))
     sheet = run_sheet(run, CLASSES, truth)
-    tints = [np.rint(0.4 * 10 + 0.6 * colour) for colour in (CAT, DOG)]
+    tints = [np.rint(0.3 * 10 + 0.7 * colour) for colour in (CAT, DOG)]
     assert [count_tiles(sheet, tint) for tint in tints] == [2, 1]
 
 

@@ -35,13 +35,16 @@ class Shot:
     """Label maps uint8 [H, W], painted over the image from left to right."""
 
 
-def overlay(image_HWC: np.ndarray, label_HW: np.ndarray, strength: float = 0.6) -> np.ndarray:
-    """The image with each class tinted in its palette colour; background stays, ignore is grey."""
+def overlay(image_HWC: np.ndarray, label_HW: np.ndarray, strength: float = 0.7) -> np.ndarray:
+    """The image with each class in its palette colour over grey; background stays as it is.
+
+    Grey below the colour, so that the colour of the thing itself does not change that of its class.
+    """
     colour_KC = np.array(palette(), np.float32).reshape(-1, 3)
     colour_KC[IGNORE] = 128
-    share_HW1 = np.where(label_HW == 0, 0.0, strength)[..., None]
-    mixed = image_HWC * (1 - share_HW1) + colour_KC[label_HW] * share_HW1
-    return np.rint(mixed).astype(np.uint8)
+    grey_HW1 = image_HWC.mean(axis=2, dtype=np.float32, keepdims=True)
+    mixed_HWC = np.rint(grey_HW1 * (1 - strength) + colour_KC[label_HW] * strength)
+    return np.where((label_HW == 0)[..., None], image_HWC, mixed_HWC.astype(np.uint8))
 
 
 def contact_sheet(shots: Sequence[Shot], classes: ClassList, cell_px: int = 192) -> bytes:
