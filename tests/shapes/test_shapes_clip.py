@@ -32,7 +32,7 @@ MIN_GEM_ACCURACY = 0.55
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ZSPLG_CACHE", str(tmp_path_factory.mktemp("cache")))
         return clip.local_dir()
 
 
@@ -140,7 +140,7 @@ def test_is_small_and_says_what_it_is(folder):
 
 
 def test_local_dir_may_be_raced_and_is_reused(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ZSPLG_CACHE", str(tmp_path))
     with ThreadPoolExecutor(6) as pool:
         folders = set(pool.map(lambda _: clip.local_dir(), range(6)))
     assert len(folders) == 1
@@ -149,20 +149,20 @@ def test_local_dir_may_be_raced_and_is_reused(monkeypatch, tmp_path):
         "open_clip_config.json",
         "open_clip_model.safetensors",
     ]
-    assert list((tmp_path / "zsplg_ray").iterdir()) == [folder], "nothing else is left behind"
+    assert list(tmp_path.iterdir()) == [folder], "nothing else is left behind"
     before = (folder / "open_clip_model.safetensors").stat().st_mtime_ns
     assert clip.local_dir() == folder
     assert (folder / "open_clip_model.safetensors").stat().st_mtime_ns == before
 
 
 def test_local_dir_heals_a_damaged_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ZSPLG_CACHE", str(tmp_path))
     (clip.local_dir() / "open_clip_model.safetensors").unlink()
     assert (clip.local_dir() / "open_clip_model.safetensors").is_file()
 
 
 def test_packing_keeps_the_model(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ZSPLG_CACHE", str(tmp_path))
     vocabulary = Vocabulary()
     model: Any = build_model(vocabulary)
     save(model, vocabulary, tmp_path / "w.safetensors")
@@ -206,7 +206,7 @@ def test_a_training_step_reaches_every_parameter(whole):
 
 
 def test_training_writes_loadable_weights_and_refuses_no_time(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ZSPLG_CACHE", str(tmp_path))
     path = train(tmp_path, minutes=0.02)
     assert path == tmp_path / clip.WEIGHTS.name
     assert clip.local_dir(path).is_dir()
