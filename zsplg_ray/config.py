@@ -255,7 +255,7 @@ class ShapesConfig(Section):
     """Scenes of the embedded world in VOC layout: JPEGImages/, SegmentationClass/."""
 
     out: str
-    """Folder to write to; must be empty or new."""
+    """Folder to write to, made if missing; scenes of the same seeds are written over."""
     n: Annotated[int, Range(1, 1_000_000)] = 100
     """Scenes, [1, 1e+06]."""
     seed: Annotated[int, Range(0, 999_000_000)] = 0

@@ -62,7 +62,6 @@ class LabelActor:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Label a block of `decode.DECODED` rows; returns one row of counts."""
-        began = time.monotonic()
         naming = self.job.naming
         writer = PartWriter(
             self.job.folder, self.job.meta, naming.bank.embedding_AD.shape[1], len(naming.classes)
@@ -79,8 +78,7 @@ class LabelActor:
                 self._commit(writer)
         if writer.ids:
             self._commit(writer)
-        seconds = time.monotonic() - began
-        return pa.table({"labelled": [labelled], "failed": [failed], "seconds": [seconds]})
+        return pa.table({"labelled": [labelled], "failed": [failed]})
 
     def _pending(self, block: pa.Table) -> Iterator[tuple[dict[str, Any], int]]:
         """Rows (without pixels) that are not written yet, suspects last, with their deaths."""

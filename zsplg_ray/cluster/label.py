@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 from zsplg_ray.cluster.actor import Job, LabelActor, Load
 from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
-from zsplg_ray.cluster.parts import relabel_table
+from zsplg_ray.cluster.parts import relabel_part
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import (
     Plan,
@@ -92,9 +92,7 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
         todo = folder.anti_join(manifest, found.done)
         progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
         job = Job(absolute_paths(resolved), naming, folder, part_meta(run), weights, load)
-        _work(job, todo, run, progress)
-        run["counts"]["labelled_now"] = run["counts"]["labelled"] - len(found.done)
-        folder.write_run(run)
+        _work(job, todo, run, progress, done_before=len(found.done))
     return run
 
 
@@ -137,7 +135,9 @@ def only_run(folder: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> None:
+def _work(
+    job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress, done_before: int
+) -> None:
     """Label `todo` and keep run.json true, however this ends."""
     began = time.monotonic()
     state = "failed"
@@ -158,7 +158,7 @@ def _work(job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress) -> 
         run["seconds"] = round(time.monotonic() - began, 3)
         run["images_per_s"] = round(progress.rate(), 3)
         if not len(todo) or job.folder.read_run() is not None:
-            _settle(job, run, progress)
+            _settle(job, run, progress, done_before)
 
 
 def _plan(config: LabelConfig) -> Plan:
@@ -176,20 +176,19 @@ def _plan(config: LabelConfig) -> Plan:
     return plan
 
 
-def _settle(job: Job, run: dict[str, Any], progress: Progress) -> None:
+def _settle(job: Job, run: dict[str, Any], progress: Progress, done_before: int) -> None:
     """Mend what a crash may have left, count, and write run.json; never hides why work failed."""
     folder = job.folder
     try:
         after = folder.repair()
         for name in after.unlabelled:
-            labels = relabel_table(folder.read_part("segments", name), job.naming)
-            folder.write_part("labels", name, labels, job.meta)
+            relabel_part(folder, name, job.naming, job.meta)
         run["counts"] = {
             "images": progress.total,
             "labelled": len(after.done),
             "quarantined": len(after.failed),
             "skipped_as_done": progress.skipped,
-            "labelled_now": progress.labelled,  # less what a dead actor did; see label()
+            "labelled_now": len(after.done) - done_before,
         }
         folder.write_run(run)
     except OSError as e:

@@ -48,6 +48,13 @@ def relabel_table(segments_table: pa.Table, naming: Naming) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=LABELS)
 
 
+def relabel_part(folder: RunFolder, name: str, naming: Naming, meta: Mapping[str, Any]) -> int:
+    """Compose `labels/name` from `segments/name` and put it in place; returns its images."""
+    labels = relabel_table(folder.read_part("segments", name), naming)
+    folder.write_part("labels", name, labels, meta)
+    return len(labels)
+
+
 class PartWriter:
     """Collects the rows of some images and writes them as one part of each kind.
 

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from zsplg_ray.cluster.label import only_run
-from zsplg_ray.cluster.parts import relabel_table
+from zsplg_ray.cluster.parts import relabel_part
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import last_line, quiet_ray_data, ray_session
 from zsplg_ray.config import ClipConfig, RelabelConfig
@@ -96,17 +96,15 @@ def _relabel_parts(
     meta = part_meta(run)
     progress = Progress(run["counts"]["labelled"], show=not config.quiet)
 
-    def relabel_part(row: dict[str, Any]) -> dict[str, Any]:
-        labels = relabel_table(folder.read_part("segments", row["item"]), naming)
-        folder.write_part("labels", row["item"], labels, meta)
-        return {"images": len(labels)}
+    def one_part(row: dict[str, Any]) -> dict[str, Any]:
+        return {"images": relabel_part(folder, row["item"], naming, meta)}
 
     if names:
         with ray_session(config.ray):
             folder.write_run(run)  # from here on labels are mixed, and readers are told so
             quiet_ray_data()
             try:
-                for row in ray.data.from_items(names).map(relabel_part).iter_rows():
+                for row in ray.data.from_items(names).map(one_part).iter_rows():
                     progress.add(row["images"], 0)
             except RayError as e:
                 told = f"relabelling stopped ({last_line(e)}); run it again to go on"
