@@ -1,6 +1,7 @@
 """Embedding segments and class names with a small CLIP of random weights."""
 
 import copy
+import typing
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from PIL import Image
 
 from zsplg_ray.config import ClipConfig, PromptsConfig
 from zsplg_ray.label import clip as clip_module
-from zsplg_ray.label.clip import ClipEncoder, pooling_weights, square_box
-from zsplg_ray.label.dense import dense_features
+from zsplg_ray.label.clip import ClipEncoder, square_box
+from zsplg_ray.label.dense import DENSE_METHODS, dense_features
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.vocab import ClassList
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+EMBEDDERS = typing.get_args(typing.get_type_hints(ClipConfig)["embedder"])
 TEMPLATES = ("a {class}", "one {class} {of} many")
 
 
@@ -77,33 +79,18 @@ def unit(vector):
     return vector / vector.norm(dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("size_hw", [(50, 75), (7, 90), (3, 2), (48, 48), (301, 13)])
-@pytest.mark.parametrize("grid_hw", [(6, 6), (5, 9), (1, 1)])
-def test_pooling_weights_equal_upsampling_and_averaging(size_hw, grid_hw):
-    rng = np.random.default_rng(2)
-    masks = rng.random((4, *size_hw)) > 0.6
-    masks[:, 0, 0] = True
-    masks[1] = False
-    masks[1, size_hw[0] // 2 :, size_hw[1] // 3 :] = True
-    feature = torch.from_numpy(rng.normal(size=(1, 8, *grid_hw)))
-    upsampled = F.interpolate(feature, size=size_hw, mode="bilinear", align_corners=False)[0]
-    expected = torch.stack([upsampled[:, torch.from_numpy(m)].mean(dim=1) for m in masks])
-    weight_RN = pooling_weights(Segments.from_masks(masks, [1] * 4, [1] * 4), grid_hw)
-    assert weight_RN.dtype == np.float32
-    pooled = torch.from_numpy(weight_RN).double() @ feature[0].flatten(1).T
-    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
-
-
-def test_gem_embeds_as_the_papers_equation(model, image_HWC, segments):
+@pytest.mark.parametrize("embedder", DENSE_METHODS)
+def test_dense_methods_embed_as_the_papers_equation(model, image_HWC, segments, embedder):
     squashed = Image.fromarray(image_HWC).resize((48, 48), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(squashed)).permute(2, 0, 1) / 255
     normal = (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     with torch.no_grad():
-        feature = dense_features(model, normal[None], gem_depth=2)
+        feature = dense_features(model, normal[None], method=embedder, gem_depth=2)
     upsampled = F.interpolate(feature, size=(50, 75), mode="bilinear", align_corners=False)[0]
     mask_R1HW = torch.from_numpy(segments.masks_RHW())[:, None]
     expected = unit((upsampled * mask_R1HW).sum((2, 3)) / mask_R1HW.sum((2, 3)))
-    found = encoder_of(model).embed(image_HWC, segments)
+    depth = 2 if embedder == "gem" else None
+    found = encoder_of(model, embedder, gem_depth=depth).embed(image_HWC, segments)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-5)
     assert np.linalg.norm(found, axis=1) == pytest.approx(1, abs=1e-5)
@@ -149,7 +136,18 @@ def test_square_boxes(box, size_hw, square):
     assert square_box(box, size_hw) == square
 
 
-@pytest.mark.parametrize("embedder", ["gem", "crop"])
+def test_every_choice_of_the_setting_is_there():
+    assert set(EMBEDDERS) == {*DENSE_METHODS, "crop"}
+
+
+def test_embedders_differ(model, image_HWC, segments):
+    found = [encoder_of(model, e).embed(image_HWC, segments) for e in EMBEDDERS]
+    for i, first in enumerate(found):
+        for second in found[:i]:
+            assert np.abs(first - second).max() > 0.01
+
+
+@pytest.mark.parametrize("embedder", EMBEDDERS)
 def test_no_segments_and_segments_without_pixels(model, image_HWC, segments, embedder):
     encoder = encoder_of(model, embedder)
     assert encoder.embedding_dim == 24
@@ -164,13 +162,13 @@ def test_no_segments_and_segments_without_pixels(model, image_HWC, segments, emb
     np.testing.assert_allclose(found[[0, 2]], alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("embedder", ["gem", "crop"])
+@pytest.mark.parametrize("embedder", EMBEDDERS)
 def test_the_same_bytes_twice(model, image_HWC, segments, embedder):
     first, second = (encoder_of(model, embedder).embed(image_HWC, segments) for _ in range(2))
     assert first.tobytes() == second.tobytes()
 
 
-@pytest.mark.parametrize("embedder", ["gem", "crop"])
+@pytest.mark.parametrize("embedder", EMBEDDERS)
 def test_a_model_of_reduced_precision_embeds_about_alike(model, image_HWC, segments, embedder):
     classes = ClassList(("background", "cat"), ((), ("cat",)))
     reduced = copy.deepcopy(model)
@@ -240,6 +238,11 @@ def test_without_background_words_there_is_no_background_column(model):
         ({"dense_px": None}, "clip.dense_px must be given for clip.embedder gem, got None"),
         ({"gem_depth": None}, "clip.gem_depth must be given"),
         ({"gem_depth": 9}, "gem_depth must be 1 to 3"),
+        (
+            {"embedder": "naclip", "dense_px": None},
+            "clip.dense_px must be given for .* naclip, got",
+        ),
+        ({"embedder": "sclip", "dense_px": 50}, "clip.dense_px must be a multiple of the model's"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused_before_the_first_image(

@@ -4,16 +4,15 @@ What enters: an open_clip model that someone else has loaded, images, `Segments`
 leaves: unit vectors in CLIP's joint space; comparing them is `TextBank.similarity`, without torch.
 
 Two ways of embedding a segment stand behind one function:
-- `gem`, the paper's: one forward pass over the whole image gives a dense feature map I, and a
-  segment's embedding is its mean over the mask S_k, f_k = sum(I * S_k) / sum(S_k). The map is
-  coarse (28 x 28 patches for 448 px) and the mask is not, so I is upsampled bilinearly to the
-  image. As upsampling is linear, the same number comes out when the mask is carried down instead:
-  with Ry, Rx the two interpolation matrices, Ry^T S_k Rx / area is a weight per patch, and the
-  embedding is the weighted sum of patch features. Exact, and no full-size feature map ever exists.
+- `gem`, the paper's, and its neighbours `maskclip`, `sclip` and `naclip`: one forward pass over the
+  whole image gives a dense feature map I, and a segment's embedding is its mean over the mask S_k,
+  f_k = sum(I * S_k) / sum(S_k), with I upsampled bilinearly to the image. `pooling` gets there
+  exactly without upsampling anything. The four differ in `dense` alone: how I is taken from CLIP.
 - `crop`: the segment's box through CLIP, as CLIP was trained; R forward passes, better for things
   smaller than a patch, blind to the mask.
 
-Dense input: the image is squashed to dense_px x dense_px, as the official GEM does (448 x 448).
+Dense input: the image is squashed to dense_px x dense_px, as the official GEM does (448 x 448);
+SCLIP's and NACLIP's own programs slide a window of 224 px over it instead, a forward pass each.
 One shape for all images means one cost for all images, also for panoramas, and the position
 embedding is stretched alike in both directions; the price is that things in a 4:3 image look a
 quarter narrower to CLIP.
@@ -44,7 +43,8 @@ from PIL import Image
 from torch import Tensor
 
 from zsplg_ray.config import ClipConfig, PromptsConfig
-from zsplg_ray.label.dense import dense_features
+from zsplg_ray.label.dense import DENSE_METHODS, dense_features
+from zsplg_ray.label.pooling import pooling_weights
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.label.textbank import TextBank
 from zsplg_ray.settings import complain
@@ -90,7 +90,7 @@ class ClipEncoder:
         if config.embedder not in _EMBEDDERS:
             rule = f"one of {sorted(_EMBEDDERS)}"
             raise ValueError(complain("clip.embedder", rule, config.embedder, "choose one"))
-        if config.embedder == "gem":
+        if config.embedder in DENSE_METHODS:
             self._check_dense()
             side = (config.dense_px, config.dense_px)
             cfg = self._cfg | {"size": side, "resize_mode": "squash"}
@@ -166,14 +166,15 @@ class ClipEncoder:
         return self.model.encode_image(self._to_model(image_BCHW))
 
     def dense(self, image_HWC: np.ndarray) -> Tensor:
-        """GEM's features of one image squashed to a square, float32 [D, H, W] on the patch grid."""
+        """Features of one image squashed to a square, float32 [D, H, W] on the patch grid.
+
+        Only for embedders that are dense: which method it is, is the setting `clip.embedder`.
+        """
         image_BCHW = self._to_model(self.preprocess(Image.fromarray(image_HWC))[None])
-        depth = self.config.gem_depth
-        assert depth is not None, "checked when made"
-        return dense_features(self.model, image_BCHW, method="gem", gem_depth=depth)[0].float()
+        return self._dense_features(image_BCHW)[0].float()
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """CLIP's own preprocessing, float32 [C, H, W]; squashed to the dense size for `gem`."""
+        """CLIP's own preprocessing, float32 [C, H, W]; squashed to the dense size if dense."""
         return self._preprocess(image)
 
     def square_crop(self, image_HWC: np.ndarray, box_xyxy: Sequence[int] | np.ndarray) -> Tensor:
@@ -203,52 +204,31 @@ class ClipEncoder:
         dtype = next(p.dtype for p in self.model.visual.parameters() if p.ndim == 4)
         return image_BCHW.to(self.device, dtype)
 
+    def _dense_features(self, image_BCHW: Tensor) -> Tensor:
+        method, gem_depth = self.config.embedder, self.config.gem_depth
+        if method != "gem":
+            return dense_features(self.model, image_BCHW, method=method)
+        assert gem_depth is not None, "checked when made"
+        return dense_features(self.model, image_BCHW, method=method, gem_depth=gem_depth)
+
     @torch.inference_mode()
     def _check_dense(self) -> None:
         """Check tower, depth and size with an image of one patch."""
-        dense_px, gem_depth = self.config.dense_px, self.config.gem_depth
-        for name, value in (("clip.dense_px", dense_px), ("clip.gem_depth", gem_depth)):
+        config = self.config
+        needed = {"clip.dense_px": config.dense_px}
+        needed |= {"clip.gem_depth": config.gem_depth} if config.embedder == "gem" else {}
+        for name, value in needed.items():
             if value is None:
-                fix = "resolve the configuration first"
-                raise ValueError(complain(name, "given for clip.embedder gem", value, fix))
-        assert dense_px is not None and gem_depth is not None
+                rule, fix = f"given for clip.embedder {config.embedder}", "resolve the config first"
+                raise ValueError(complain(name, rule, value, fix))
         patch_hw = getattr(self.model.visual, "patch_size", (1, 1))
-        patch_BCHW = self._to_model(torch.zeros(1, 3, *patch_hw))
-        dense_features(self.model, patch_BCHW, method="gem", gem_depth=gem_depth)
-        step = math.lcm(*patch_hw)
+        self._dense_features(self._to_model(torch.zeros(1, 3, *patch_hw)))
+        step, dense_px = math.lcm(*patch_hw), config.dense_px
+        assert dense_px is not None
         if dense_px % step:
             near = max(step, round(dense_px / step) * step)
             rule = f"a multiple of the model's patch, {step}"
             raise ValueError(complain("clip.dense_px", rule, dense_px, f"use {near}"))
-
-
-def pooling_weights(segments: Segments, grid_hw: tuple[int, int]) -> np.ndarray:
-    """How much each patch of a coarse grid counts in the mean over each mask.
-
-    `weights @ features` equals upsampling the features bilinearly (half-pixel centres, as
-    `F.interpolate(align_corners=False)`) to the image and averaging them over the mask.
-
-    No mask is made dense: a vertical span of a mask adds up consecutive rows of Ry, which is a
-    difference of two rows of its running sum.
-
-    Args:
-        segments: R masks, each with at least one pixel.
-        grid_hw: rows and columns of the patch grid.
-
-    Returns:
-        weight_RN, float32 [R, rows * columns], each row adding up to 1.
-
-    Source: f_k = sum(I * S_k) / sum(S_k), Saito et al., arXiv 2505.19846.
-    """
-    row_HN = _bilinear(segments.size_hw[0], grid_hw[0])
-    column_WN = _bilinear(segments.size_hw[1], grid_hw[1])
-    above_HN = np.concatenate([np.zeros((1, grid_hw[0])), np.cumsum(row_HN, axis=0)])
-    weight_RN = np.empty((len(segments), grid_hw[0] * grid_hw[1]), np.float32)
-    for r in range(len(segments)):
-        x, y0, y1 = segments.column_spans(r)
-        weight_HW = (above_HN[y1] - above_HN[y0]).T @ column_WN[x]
-        weight_RN[r] = weight_HW.ravel() / segments.area_px[r]
-    return weight_RN
 
 
 def square_box(
@@ -277,18 +257,7 @@ def _shift(start: int, side: int, limit: int) -> int:
     return min(max(start, 0), limit - side)
 
 
-def _bilinear(n_out: int, n_in: int) -> np.ndarray:
-    """Interpolation from `n_in` to `n_out` samples, half-pixel centres, float64 [n_out, n_in]."""
-    place = np.maximum((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0.0)
-    low = np.minimum(place.astype(np.int64), n_in - 1)
-    high = np.minimum(low + 1, n_in - 1)
-    matrix = np.zeros((n_out, n_in))
-    np.add.at(matrix, (np.arange(n_out), low), 1.0 - (place - low))
-    np.add.at(matrix, (np.arange(n_out), high), place - low)
-    return matrix
-
-
-def _embed_gem(encoder: ClipEncoder, image_HWC: np.ndarray, segments: Segments) -> Tensor:
+def _embed_dense(encoder: ClipEncoder, image_HWC: np.ndarray, segments: Segments) -> Tensor:
     feature_DHW = encoder.dense(image_HWC)
     weight_RN = pooling_weights(segments, (feature_DHW.shape[1], feature_DHW.shape[2]))
     return torch.from_numpy(weight_RN).to(encoder.device) @ feature_DHW.flatten(1).T
@@ -313,7 +282,7 @@ def _embed_crop(encoder: ClipEncoder, image_HWC: np.ndarray, segments: Segments)
 
 
 _EMBEDDERS: dict[str, Callable[[ClipEncoder, np.ndarray, Segments], Tensor]] = {
-    "gem": _embed_gem,
+    **dict.fromkeys(DENSE_METHODS, _embed_dense),
     "crop": _embed_crop,
 }
 """Name to (encoder, image_HWC uint8, segments with pixels) -> feature_RD, not normalised."""

@@ -2,8 +2,9 @@
 
 Enters: an open_clip `CLIP` with a ViT image tower, and a batch of normalised images of any height
 and width that are multiples of the patch. Leaves: a map of features in CLIP's joint image-text
-space, one per patch. Several ways of getting such a map are known; they all stand behind
-`dense_features`, and a new one is one function more in `_METHODS`.
+space, one per patch. Several ways of getting such a map without training are known; they all stand
+behind `dense_features`. Those that change no more than the last block are in `dense_attention`.
+Published mIoU on VOC-21 with ViT-B-16 and no SAM: GEM 46.2, NACLIP 58.9, SCLIP 59.1.
 
 Why CLIP's own patch tokens are not enough: CLIP is trained on its pooled output only, so its
 attention mixes background into objects. GEM keeps the weights and changes the path: beside the
@@ -20,17 +21,35 @@ the tower, D joint embedding, A attention heads, F features of one head.
 
 Source: Bousselham, Petersen, Ferrari, Kuehne: "Grounding Everything: Emerging Localization
 Properties in Vision-Language Transformers", CVPR 2024, and its official code (WalBouss/GEM,
-gem_torch, MIT licence), re-implemented for the batch-first blocks of open_clip 3.
+gem_torch, MIT licence), re-implemented for the batch-first blocks of open_clip 3. The published
+figures: MARS-CLIP, arXiv 2609.08283, table 4.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+
+from zsplg_ray.label.dense_attention import (
+    LAST_BLOCKS,
+    PLAIN,
+    LastBlock,
+    add_mlp,
+    merge_heads,
+    ordinary_block,
+    query_key_value,
+    run_blocks,
+)
+
+DENSE_METHODS = ("gem", *LAST_BLOCKS)
+"""Methods that are made for maps; `dense_features` knows "plain" besides."""
+
+Method: TypeAlias = Callable[[VisionTransformer, Tensor, int], Tensor]
+"""(tower, image_BCHW, gem_depth) -> token_BND, class token first."""
 
 
 class DenseTokens(NamedTuple):
@@ -55,7 +74,8 @@ def dense_features(
         image_BCHW: float, normalised as the model wants, height and width multiples of the patch;
             may differ from the size the model was trained at, and need not be square (the position
             embedding is interpolated).
-        method: "gem", or "plain" for the tower's own patch tokens.
+        method: "gem"; "maskclip", "sclip" or "naclip", which change the last block only (see
+            `zsplg_ray.label.dense_attention`); or "plain" for the tower's own patch tokens.
         gem_depth: GEM's depth, 1 to the tower's number of blocks, counted as officially: the last
             `gem_depth - 1` blocks feed the GEM stream, so 1 gives the plain tokens. Only for "gem".
 
@@ -71,10 +91,8 @@ def dense_features(
         )
     visual = _check_tower(model)
     _check_image(visual, image_BCHW)
-    token_BND = _METHODS[method](model, image_BCHW, gem_depth)
-    patch_h, patch_w = visual.patch_size
-    grid_hw = (image_BCHW.shape[2] // patch_h, image_BCHW.shape[3] // patch_w)
-    return token_BND[:, 1:].transpose(1, 2).unflatten(2, grid_hw)
+    token_BND = _METHODS[method](visual, image_BCHW, gem_depth)
+    return token_BND[:, 1:].transpose(1, 2).unflatten(2, _grid(visual, image_BCHW))
 
 
 def gem_tokens(model: open_clip.CLIP, image_BCHW: Tensor, *, gem_depth: int = 7) -> DenseTokens:
@@ -131,26 +149,30 @@ def gem_streams(visual: VisionTransformer, token_BNE: Tensor, *, gem_depth: int)
     n_ordinary = len(blocks) - (gem_depth - 1)
     plain_BNE = token_BNE
     for block in blocks[:n_ordinary]:
-        plain_BNE = _ordinary_block(block, plain_BNE)
+        plain_BNE = ordinary_block(block, plain_BNE)
     gem_BNE = plain_BNE
     for block in blocks[n_ordinary:]:
         gem_BNE, plain_BNE = _gem_block(block, gem_BNE, plain_BNE)
     return DenseTokens(_project(visual, gem_BNE), _project(visual, plain_BNE))
 
 
-def _gem(model: open_clip.CLIP, image_BCHW: Tensor, gem_depth: int) -> Tensor:
-    return gem_tokens(model, image_BCHW, gem_depth=gem_depth).gem_BND
+def _gem(visual: VisionTransformer, image_BCHW: Tensor, gem_depth: int) -> Tensor:
+    return gem_streams(visual, embed_patches(visual, image_BCHW), gem_depth=gem_depth).gem_BND
 
 
-def _plain(model: open_clip.CLIP, image_BCHW: Tensor, gem_depth: int) -> Tensor:
-    return gem_tokens(model, image_BCHW, gem_depth=1).plain_BND
+def _changed(last: LastBlock) -> Method:
+    def run(visual: VisionTransformer, image_BCHW: Tensor, gem_depth: int) -> Tensor:
+        token_BNE = embed_patches(visual, image_BCHW)
+        return _project(visual, run_blocks(visual, token_BNE, _grid(visual, image_BCHW), last))
+
+    return run
 
 
-_METHODS: dict[str, Callable[[open_clip.CLIP, Tensor, int], Tensor]] = {
+_METHODS: dict[str, Method] = {
     "gem": _gem,
-    "plain": _plain,
+    "plain": _changed(PLAIN),
+    **{name: _changed(last) for name, last in LAST_BLOCKS.items()},
 }
-"""Name to (model, image_BCHW, gem_depth) -> token_BND, class token first."""
 
 
 def _check_tower(model: open_clip.CLIP) -> VisionTransformer:
@@ -179,6 +201,12 @@ def _check_image(visual: VisionTransformer, image_BCHW: Tensor) -> None:
         )
 
 
+def _grid(visual: VisionTransformer, image_BCHW: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    patch_h, patch_w = visual.patch_size
+    return image_BCHW.shape[2] // patch_h, image_BCHW.shape[3] // patch_w
+
+
 def _position(visual: VisionTransformer, grid_hw: tuple[int, ...]) -> Tensor:
     """Position embedding for a patch grid: bicubic, antialiased (as officially), in float32."""
     position_NE = visual.positional_embedding
@@ -189,44 +217,19 @@ def _position(visual: VisionTransformer, grid_hw: tuple[int, ...]) -> Tensor:
     return torch.cat([position_NE[:1].float(), patch_1EHW[0].flatten(1).T])
 
 
-def _query_key_value(attention: nn.MultiheadAttention, token_BNE: Tensor) -> tuple[Tensor, ...]:
-    """Project tokens to queries, keys and values, each B x A x N x F."""
-    qkv = F.linear(token_BNE, attention.in_proj_weight, attention.in_proj_bias)
-    return tuple(
-        part.unflatten(2, (attention.num_heads, attention.head_dim)).transpose(1, 2)
-        for part in qkv.chunk(3, dim=2)
-    )
-
-
-def _merge_heads(attention: nn.MultiheadAttention, token_BANF: Tensor) -> Tensor:
-    return attention.out_proj(token_BANF.transpose(1, 2).flatten(2))
-
-
-def _finish_block(block: ResidualAttentionBlock, token_BNE: Tensor, attended_BNE: Tensor) -> Tensor:
-    token_BNE = token_BNE + block.ls_1(attended_BNE)
-    return token_BNE + block.ls_2(block.mlp(block.ln_2(token_BNE)))
-
-
-def _ordinary_block(block: ResidualAttentionBlock, token_BNE: Tensor) -> Tensor:
-    """One block as the model itself computes it, without attention dropout (CLIP has none)."""
-    query, key, value = _query_key_value(block.attn, block.ln_1(token_BNE))
-    attended_BANF = F.scaled_dot_product_attention(query, key, value)
-    return _finish_block(block, token_BNE, _merge_heads(block.attn, attended_BANF))
-
-
 def _gem_block(
     block: ResidualAttentionBlock, gem_BNE: Tensor, plain_BNE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One block for both streams: both read the ordinary tokens, GEM's skips the MLP."""
     normed_BNE = block.ln_1(plain_BNE)
-    query, key, value = _query_key_value(block.attn, normed_BNE)
+    query, key, value = query_key_value(block.attn, normed_BNE)
     attended_BANF = F.scaled_dot_product_attention(query, key, value)
     grouped_BANF = _self_self_attention(
         query, key, value, _inverse_temperature(block.attn, normed_BNE)
     )
-    gem_BNE = gem_BNE + block.ls_1(_merge_heads(block.attn, grouped_BANF))
-    plain_BNE = _finish_block(block, plain_BNE, _merge_heads(block.attn, attended_BANF))
-    return gem_BNE, plain_BNE
+    gem_BNE = gem_BNE + block.ls_1(merge_heads(block.attn, grouped_BANF))
+    plain_BNE = plain_BNE + block.ls_1(merge_heads(block.attn, attended_BANF))
+    return gem_BNE, add_mlp(block, plain_BNE)
 
 
 def _inverse_temperature(attention: nn.MultiheadAttention, normed_BNE: Tensor) -> Tensor:
