@@ -67,7 +67,7 @@ BAD: list[tuple[list[str], str, str]] = [
     (["relabel", "--run=none"], "run must be a run's folder (with run.json), got none", "label"),
     ([*LABEL, "--sam", "vit_x"], "sam.model must be one of vit_h,", "did you mean vit_"),
     ([*LABEL, "--sam=vit_x"], "sam.model must be one of vit_h,", "did you mean vit_"),
-    ([*LABEL, "--clip.embedder", "gme"], "clip.embedder must be one of gem, crop", "mean gem?"),
+    ([*LABEL, "--clip.embedder", "gme"], "clip.embedder must be one of gem, maskclip", "mean gem?"),
     ([*LABEL, "--compose.min-similarty", "1"], "a known flag", "--compose.min-similarity?"),
     ([*LABEL, "--compose.min_similarty=1"], "a known flag", "--compose.min-similarity?"),
     ([*LABEL, "--SAM", "vit_b"], "--SAM must be a known flag", "did you mean --sam?"),

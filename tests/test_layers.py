@@ -21,6 +21,8 @@ PLAIN = (
     *("sources", "images", "coco", "masks", "metrics"),
 )
 """Modules of the lowest layer."""
+MEASURES = "zsplg_ray.label.stages"
+"""Part of a benchmark, not of the product: it may look at the scenes of the embedded world."""
 NO_TORCH = (*PLAIN, "label.segments", "label.compose", "label.textbank", "views.pictures")
 
 
@@ -68,6 +70,8 @@ def test_rooms_look_downwards_only(module):
         "views": (),
         "cluster": (),
     }
+    if module == MEASURES:
+        above["label"] = ("student", "views", "shapes.train")
     if room(module):
         forbidden = (*above[room(module)], "cli", "demo")
     elif module in (*ABOVE_CLUSTER, "zsplg_ray.__init__"):

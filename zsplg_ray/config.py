@@ -32,7 +32,14 @@ class SamConfig(Section):
     points_per_side: Annotated[int | None, Range(1, 256)] = None
     """Points along one side of the prompt grid, [1, 256]. None: 32, or what the model wants."""
     points_per_batch: Annotated[int, Range(1, 65536)] = 64
-    """Points decoded at a time, [1, 65536]; fewer are tried when memory runs out."""
+    """Most points of an image decoded at a time, [1, 65536]; on a CPU only as many as its caches
+    hold, and fewer when memory runs out. The masks are the same."""
+    memory_gib: Annotated[float | None, Range(0.1, 4096)] = None
+    """Memory of the device for segmenting, GiB in [0.1, 4096], beside the weights: it decides how
+    many images go through SAM at once (`zsplg doctor` tells). None: 70 % of what is free on a GPU;
+    on a CPU, where more are not quicker, what one image takes."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the image encoder. bfloat16 is faster; the masks are nearly the same."""
     pred_iou_thresh: Annotated[float | None, Range(0, 1)] = None
     """Masks whose predicted IoU is lower are dropped, [0, 1]. None: 0.88, or the model's own."""
     stability_score_thresh: Annotated[float | None, Range(0, 1)] = None
@@ -42,12 +49,26 @@ class SamConfig(Section):
     box_nms_thresh: Annotated[float | None, Range(0, 1)] = None
     """Of two masks whose boxes overlap more (IoU in [0, 1]) the better stays. None: 0.7."""
     crop_n_layers: Annotated[int, Range(0, 4)] = 0
-    """Further passes over smaller crops of the image, layers in [0, 4]."""
+    """Further passes over smaller crops of the image, layers in [0, 4]; layer i has 4**i crops."""
+    crop_nms_thresh: Annotated[float, Range(0, 1)] = 0.7
+    """As `box_nms_thresh`, between masks of different crops; the smaller crop's stays, [0, 1]."""
+    crop_overlap_ratio: Annotated[float, Range(0, 0.99)] = 512 / 1500
+    """How much crops overlap in the first layer, share of the image's short side, [0, 0.99]."""
+    crop_n_points_downscale_factor: Annotated[int, Range(1, 16)] = 1
+    """`points_per_side` is divided by this once a layer of crops, [1, 16]."""
     min_mask_region_area: Annotated[int | None, Range(0)] = None
     """Holes and islands smaller than this many pixels are removed, >= 0. None: 0, or the model's
     own."""
     random_weights: bool = False
     """For tests: random weights (seed 0) instead of a checkpoint; the masks mean nothing."""
+
+    def extra_checks(self) -> None:
+        """Every layer of crops has at least one point."""
+        least = self.crop_n_points_downscale_factor**self.crop_n_layers
+        if self.points_per_side is not None and self.points_per_side < least:
+            rule = f">= {least}, so that the smallest of {self.crop_n_layers} layers has a point"
+            fix = "raise it, or lower sam.crop_n_points_downscale_factor or sam.crop_n_layers"
+            raise ValueError(complain("sam.points_per_side", rule, self.points_per_side, fix))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +80,15 @@ class ClipConfig(Section):
     model: Annotated[str, arg(aliases=["--clip"])] = "ViT-B-16/laion2b_s34b_b88k"
     """MODEL/PRETRAINED of open_clip (PRETRAINED: a tag or a file), `hf-hub:ORG/NAME`,
     `local-dir:PATH`, or `shapes`, the tiny one that comes with this package."""
-    embedder: Literal["gem", "crop"] = "gem"
-    """gem: dense GEM features averaged over the mask (the paper's); crop: the segment's box."""
+    embedder: Literal["gem", "maskclip", "sclip", "naclip", "crop"] = "gem"
+    """How a segment is seen, all but crop by averaging a map of the image over its mask:
+    gem (the paper's): self-self attention beside the last blocks;
+    maskclip: in the last block every patch keeps its own value;
+    sclip: the last block compares queries to queries, keys to keys;
+    naclip: the last block compares keys to keys, near ones first, no MLP;
+    crop: its box through CLIP, one pass a segment."""
     gem_depth: Annotated[int | None, Range(1, 64)] = None
-    """Last transformer blocks that GEM replaces, [1, 64]. None: 7, or what the model wants."""
+    """For gem: last transformer blocks it replaces, [1, 64]. None: 7, or what the model wants."""
     dense_px: Annotated[int | None, Range(32, 4096)] = None
     """Side of the image for dense features, pixels in [32, 4096]. None: 448, or the model's own."""
     crop_batch: Annotated[int, Range(1, 4096)] = 32

@@ -21,7 +21,12 @@ from zsplg_ray.vocab import ClassList
 
 log = logging.getLogger(__name__)
 
-NOT_IN_SEGMENTS = {"sam.checkpoint", "sam.points_per_batch", "clip.crop_batch"}
+NOT_IN_SEGMENTS = {
+    "sam.checkpoint",
+    "sam.points_per_batch",
+    "sam.memory_gib",
+    "clip.crop_batch",
+}
 """Settings of sam and clip that do not change the segments (the checkpoint counts by its hash)."""
 
 PACKAGES = (

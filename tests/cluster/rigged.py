@@ -10,7 +10,7 @@ import numpy as np
 
 from zsplg_ray.cluster.label import label
 from zsplg_ray.config import LabelConfig
-from zsplg_ray.label.labeler import Labeler
+from zsplg_ray.label.labeler import Labeler, is_broken_device
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.settings import from_mapping
 
@@ -22,7 +22,27 @@ def config(images, out, **changes) -> LabelConfig:
     return from_mapping(LabelConfig, {**values, **sam, **changes})
 
 
-class Killing:
+class OneByOne:
+    """A labeler of one image at a time."""
+
+    images_at_once = 1
+
+    def label_many(self, images):
+        results = []
+        for image_HWC in images:
+            try:
+                results.append(self.label(image_HWC))
+            except Exception as e:
+                if is_broken_device(e):
+                    raise
+                results.append(e)
+        return results
+
+    def label(self, image_HWC: np.ndarray):
+        raise NotImplementedError
+
+
+class Killing(OneByOne):
     """Kills its own process on images that are one pure red, and fails on pure green ones."""
 
     def __init__(self, inner: Labeler) -> None:
@@ -40,11 +60,19 @@ def load_killing(config, naming, device):
     return Killing(Labeler.load(config, naming, device))
 
 
+def load_killing_together(config, naming, device):
+    labeler = Killing(Labeler.load(config, naming, device))
+    labeler.images_at_once = 4
+    return labeler
+
+
 class Blind:
     """Finds nothing."""
 
-    def propose(self, image_HWC: np.ndarray, points_per_batch: int | None = None) -> Segments:
-        return Segments.from_sam([], image_HWC.shape[:2])
+    images_at_once = 2
+
+    def propose_many(self, images, points_per_batch=None) -> list[Segments]:
+        return [Segments.measured(image_HWC.shape[:2], [], [], []) for image_HWC in images]
 
 
 def load_blind(config, naming, device):
@@ -86,7 +114,7 @@ def load_others(config, naming, device):
     return labeler
 
 
-class Counting:
+class Counting(OneByOne):
     """Notes every image that it labels, and its process, in a file."""
 
     def __init__(self, inner: Labeler, path: str) -> None:

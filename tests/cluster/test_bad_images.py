@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.rigged import config, load_killing
+from tests.cluster.rigged import config, load_killing, load_killing_together
 from zsplg_ray.cluster.label import label
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.shapes.scenes import make_scene
@@ -96,14 +96,15 @@ def test_twelve_bad_and_twenty_good(tmp_path):
         assert row["error"] and "\n" not in row["error"]
 
 
-def test_one_image_that_kills_its_process_and_31_others(tmp_path):
+@pytest.mark.parametrize("load", [load_killing, load_killing_together], ids=["alone", "by four"])
+def test_one_image_that_kills_its_process_and_31_others(tmp_path, load):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(31):
         (images / f"good{i:02d}.png").write_bytes(encoded("PNG", i))
     poison = np.full((32, 32, 3), (255, 0, 0), np.uint8)
     Image.fromarray(poison).save(images / "good15_poison.png")
-    run = label(config(images, tmp_path / "run"), load=load_killing)
+    run = label(config(images, tmp_path / "run"), load=load)
     assert run["state"] == "complete"
     assert (run["counts"]["labelled"], run["counts"]["quarantined"]) == (31, 1)
     bad = RunFolder(str(tmp_path / "run")).read("errors")

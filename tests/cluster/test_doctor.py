@@ -1,6 +1,7 @@
 """`doctor` says what is there, what is missing and how to mend it, and leaves nothing behind."""
 
 import json
+import re
 
 import pytest
 
@@ -24,6 +25,7 @@ def test_the_shapes_world_needs_nothing(tmp_path):
     assert {f["state"] for f in found.values()} <= {"ok", "warn"}
     assert found["sam"]["state"] == found["clip"]["state"] == found["storage"]["state"] == "ok"
     assert "4 CPUs" in found["ray"]["told"]
+    assert re.search(r"sam.memory_gib .* on \w+: \d+ images, \d+ points", found["memory"]["told"])
     assert not out.exists()
 
 
@@ -36,6 +38,16 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path, monkeypatch):
     assert looked(sam="vit_b", clip="shapes")["sam"]["state"] == "fail"
     gone = looked(**{"sam.checkpoint": str(tmp_path / "no.pth"), "clip.model": "shapes"})
     assert gone["sam"]["state"] == "fail" and "no.pth" in gone["sam"]["told"]
+
+
+def test_how_many_images_go_together_follows_the_memory_given(monkeypatch):
+    def images(gib, model="vit_b"):
+        told = looked(**{"sam.model": model, "sam.memory_gib": gib, "clip.model": "shapes"})
+        return int(re.findall(r"(\d+) images", told["memory"]["told"])[0]), told["memory"]["state"]
+
+    assert images(0.1) == (1, "warn"), "less than one image needs"
+    few, many = images(4)[0], images(40)[0]
+    assert 1 < few < many and images(4, "shapes")[0] > few
 
 
 def test_exit_code_and_json(tmp_path, capsys):

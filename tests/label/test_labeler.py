@@ -10,7 +10,7 @@ import torch
 from zsplg_ray.config import ComposeConfig, LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.labeler import Labeler, Naming, OutOfMemory, is_out_of_memory
-from zsplg_ray.label.presets import resolve_label
+from zsplg_ray.label.presets import resolve_label, resolve_sam
 from zsplg_ray.label.sam import MaskProposer
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.label.textbank import TextBank
@@ -22,7 +22,19 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 CLASSES = class_list("red,green")
 
 
-class ColourProposer:
+class OneByOne:
+    """A proposer that finds segments in one image at a time."""
+
+    images_at_once = 1
+
+    def propose_many(self, images, points_per_batch=None):
+        return [self.propose(image, points_per_batch) for image in images]
+
+    def propose(self, image_HWC, points_per_batch=None) -> Segments:
+        raise NotImplementedError
+
+
+class ColourProposer(OneByOne):
     """A segment for every primary colour, and one over the whole image."""
 
     def propose(self, image_HWC: np.ndarray, points_per_batch: int | None = None) -> Segments:
@@ -101,7 +113,7 @@ def test_labels_composed_again_from_stored_segments_are_the_same():
 
 
 def test_an_image_without_segments_has_labels_too():
-    class Nothing:
+    class Nothing(OneByOne):
         def propose(self, image_HWC, points_per_batch=None):
             return Segments.from_masks(np.zeros((0, *image_HWC.shape[:2]), np.bool_), [], [])
 
@@ -222,6 +234,73 @@ def test_which_errors_mean_out_of_memory():
     assert not is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
 
 
+# Several images together -------------------------------------------------------------------------
+
+
+class Together(Fussy):
+    """Notes how many images it is given at a time; fails if there are too many."""
+
+    def __init__(self, images_at_once: int, most: int, error: BaseException) -> None:
+        super().__init__(64, 20, error)
+        self.images_at_once, self.most = images_at_once, most
+        self.given: list[int] = []
+
+    def propose_many(self, images, points_per_batch=None):
+        self.given.append(len(images))
+        if len(images) > self.most:
+            raise self.error
+        return super().propose_many(images, points_per_batch)
+
+
+def test_several_images_are_segmented_together_and_labelled_as_if_alone():
+    image_HWC, label_HW = scene()
+    proposer = Together(3, 3, MemoryError())
+    labeler = Labeler(proposer, ColourEmbedder(), naming())
+    assert labeler.images_at_once == 3
+    results = labeler.label_many([image_HWC, image_HWC[:, ::-1], image_HWC[::-1]])
+    assert proposer.given == [3]
+    for result, expected in zip(
+        results, (label_HW, label_HW[:, ::-1], label_HW[::-1]), strict=True
+    ):
+        assert not isinstance(result, Exception)
+        np.testing.assert_array_equal(result[1].label_HW, expected)
+
+
+@pytest.mark.parametrize("error", [*FULL, ValueError("one of them is odd")], ids=repr)
+def test_images_that_fail_together_are_tried_one_by_one(error):
+    image_HWC, label_HW = scene()
+    proposer = Together(3, 1, error)
+    results = Labeler(proposer, ColourEmbedder(), naming()).label_many([image_HWC] * 3)
+    assert proposer.given == [3, 1, 1, 1]
+    for result in results:
+        assert not isinstance(result, Exception)
+        np.testing.assert_array_equal(result[1].label_HW, label_HW)
+
+
+def test_what_fails_for_one_image_is_its_own_result():
+    class Picky(ColourEmbedder):
+        def embed(self, image_HWC, segments):
+            if (image_HWC == 0).all():
+                raise ArithmeticError("black")
+            return super().embed(image_HWC, segments)
+
+    image_HWC, label_HW = scene()
+    labeler = Labeler(Together(3, 3, MemoryError()), Picky(), naming())
+    first, second, third = labeler.label_many([image_HWC, np.zeros_like(image_HWC), image_HWC])
+    assert isinstance(second, ArithmeticError)
+    for result in (first, third):
+        assert not isinstance(result, Exception)
+        np.testing.assert_array_equal(result[1].label_HW, label_HW)
+
+
+def test_a_broken_device_is_told_at_once():
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    proposer = Together(3, 1, error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Labeler(proposer, ColourEmbedder(), naming()).label_many([scene()[0]] * 3)
+    assert proposer.given == [3], "tried again on a device that is broken"
+
+
 # The real pair -----------------------------------------------------------------------------------
 
 
@@ -243,15 +322,18 @@ def test_points_at_a_time_change_memory_and_not_the_result(shapes_config):
             **{"points_per_batch": 8, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0},
         },
     )
+    config = resolve_sam(config)
     proposer = MaskProposer(load_sam(config), config)
     image_HWC = np.random.default_rng(0).integers(0, 255, (40, 64, 3), np.uint8)
     found = {points: proposer.propose(image_HWC, points) for points in (None, 3, 500)}
-    batches = []
-    sam: Any = proposer.generator.predictor.model
-    sam.mask_decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: batches.append(len(kwargs["sparse_prompt_embeddings"])),
-        with_kwargs=True,
-    )
+    batches: list[int] = []
+    decode = proposer.decoder.decode
+
+    def noting(side, point_IQ2, min_iou):
+        batches.append(point_IQ2.shape[1])
+        return decode(side, point_IQ2, min_iou)
+
+    proposer.decoder.decode = noting  # type: ignore[method-assign]
     proposer.propose(image_HWC, 500)
     assert max(batches) == 8, "more points than configured"
     proposer.propose(image_HWC, 3)

@@ -1,8 +1,10 @@
 """Settings left open are filled in, given ones stay."""
 
+import typing
+
 import pytest
 
-from zsplg_ray.config import LabelConfig, RelabelConfig
+from zsplg_ray.config import ClipConfig, LabelConfig, RelabelConfig
 from zsplg_ray.label.presets import (
     CLIP_DEFAULTS,
     SAM_DEFAULTS,
@@ -11,9 +13,11 @@ from zsplg_ray.label.presets import (
     unknown_names,
 )
 from zsplg_ray.settings import flatten, from_mapping, override
+from zsplg_ray.shapes.clip import SETTINGS
 from zsplg_ray.shapes.sam import GENERATOR_SETTINGS
 from zsplg_ray.vocab import class_list
 
+EMBEDDERS = typing.get_args(typing.get_type_hints(ClipConfig)["embedder"])
 OPEN = {
     *(f"sam.{name}" for name in SAM_DEFAULTS),
     *("clip.gem_depth", "clip.dense_px"),
@@ -30,7 +34,7 @@ def config(**values) -> LabelConfig:
     "models", [{}, {"sam": "vit_b"}, {"sam": "shapes"}, {"clip": "shapes"}, {"clip": "RN50/openai"}]
 )
 @pytest.mark.parametrize("score", ["cosine", "softmax"])
-@pytest.mark.parametrize("embedder", ["gem", "crop"])
+@pytest.mark.parametrize("embedder", EMBEDDERS)
 def test_everything_open_is_filled_in_and_nothing_else_changes(models, score, embedder):
     given = config(**models, **{"clip.embedder": embedder, "compose.score": score})
     before, after = flatten(given), flatten(resolve_label(given))
@@ -86,6 +90,15 @@ def test_the_tiny_models_bring_their_own():
     tiny = flatten(resolve_label(config(clip="shapes")))
     assert tiny["clip.gem_depth"] < CLIP_DEFAULTS["gem_depth"], "it has fewer blocks than that"
     assert tiny["prompts.background"], "it was trained with words for the background"
+
+
+@pytest.mark.parametrize("score", ["cosine", "softmax"])
+@pytest.mark.parametrize("embedder", EMBEDDERS)
+def test_the_tiny_clips_threshold_is_that_of_the_embedder(score, embedder):
+    given = {"clip.model": "shapes", "clip.embedder": embedder, "compose.score": score}
+    threshold = SETTINGS["min_similarity"][score]
+    assert set(threshold) == set(EMBEDDERS)
+    assert resolve_label(config(**given)).compose.min_similarity == threshold[embedder]
 
 
 def test_relabelling_fills_in_what_belongs_to_its_score():

@@ -67,44 +67,71 @@ class LabelActor:
             self.job.folder, self.job.meta, naming.bank.embedding_AD.shape[1], len(naming.classes)
         )
         labelled = failed = 0
-        for image, deaths in self._pending(block):
-            if deaths and writer.ids:
+        for images in self._pending(block):
+            if images[0]["deaths"] and writer.ids:
                 self._commit(writer)  # the others are safe before a suspect is tried again
             labelled_before = len(writer.segments)
-            self._label(block, image, deaths, writer)
+            self._label(block, images, writer)
             labelled += len(writer.segments) - labelled_before
-            failed += len(writer.segments) == labelled_before
+            failed += len(images) - (len(writer.segments) - labelled_before)
             if time.monotonic() - writer.since >= self.job.config.actors.flush_s:
                 self._commit(writer)
         if writer.ids:
             self._commit(writer)
         return pa.table({"labelled": [labelled], "failed": [failed]})
 
-    def _pending(self, block: pa.Table) -> Iterator[tuple[dict[str, Any], int]]:
-        """Rows (without pixels) that are not written yet, suspects last, with their deaths."""
-        rows = block.drop_columns(["rgb"]).to_pylist()
-        ids = [row["image_id"] for row in rows]
-        deaths = self.ledger.open("label", ids)
-        todo = [{**row, "index": i} for i, row in enumerate(rows) if row["image_id"] in deaths]
-        for row in sorted(todo, key=lambda row: deaths[row["image_id"]]):
-            yield row, deaths[row["image_id"]]
+    def _pending(self, block: pa.Table) -> Iterator[list[dict[str, Any]]]:
+        """Rows (without pixels) that are not written yet, in groups to label together.
 
-    def _label(self, block: pa.Table, image: dict[str, Any], deaths: int, to: PartWriter) -> None:
-        if image["error"] is not None:
-            to.fail(image, image["stage"], image["error"])
-            return
-        if deaths >= MAX_KILLS:
-            error = f"killed its process {deaths} times; see whether memory or a library fails"
-            to.fail(image, "label", error)
-            return
-        self.ledger.begin("label", image["image_id"])
+        Each has its `deaths`. Suspects come last, each alone, so that no other is blamed again.
+        """
+        rows = block.drop_columns(["rgb"]).to_pylist()
+        deaths = self.ledger.open("label", [row["image_id"] for row in rows])
+        todo = [
+            {**row, "index": i, "deaths": deaths[row["image_id"]]}
+            for i, row in enumerate(rows)
+            if row["image_id"] in deaths
+        ]
+        innocent = [row for row in todo if not row["deaths"]]
+        most = self.labeler.images_at_once
+        for start in range(0, len(innocent), most):
+            yield innocent[start : start + most]
+        for row in sorted(todo, key=lambda row: row["deaths"]):
+            if row["deaths"]:
+                yield [row]
+
+    def _label(self, block: pa.Table, images: list[dict[str, Any]], to: PartWriter) -> None:
+        """Label a group of images; what fails goes to `to` with its reason."""
+        good = [image for image in images if not self._hopeless(image, to)]
+        ids = [image["image_id"] for image in good]
+        self.ledger.begin("label", ids)
         try:
-            to.add(image, *self.labeler.label(pixels(block, image)))
-        except Exception as e:  # one bad image never stops the rest
+            results = self.labeler.label_many([pixels(block, image) for image in good])
+        except Exception as e:
             if is_broken_device(e):
                 self._leave(to)
-            to.fail(image, "label", f"{type(e).__name__}: {e}", traceback.format_exc())
-        self.ledger.finish("label", image["image_id"])
+            results = [e] * len(good)
+        for image, result in zip(good, results, strict=True):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                to.add(image, *result)
+            except Exception as e:  # one bad image never stops the rest
+                to.fail(image, "label", f"{type(e).__name__}: {e}", traceback.format_exc())
+        self.ledger.finish("label", ids)
+
+    def _hopeless(self, image: dict[str, Any], to: PartWriter) -> bool:
+        """Whether an image need not be tried; then it is written as failed."""
+        if image["error"] is not None:
+            to.fail(image, image["stage"], image["error"])
+        elif image["deaths"] >= MAX_KILLS:
+            error = (
+                f"killed its process {image['deaths']} times; see whether memory or a library fails"
+            )
+            to.fail(image, "label", error)
+        else:
+            return False
+        return True
 
     def _leave(self, writer: PartWriter) -> None:
         """A GPU that has failed once fails for good in this process; a new one may try again."""

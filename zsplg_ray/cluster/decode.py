@@ -42,9 +42,9 @@ def decode_block(block: pa.Table, max_px: int, ledger: Ledger) -> Iterator[pa.Ta
             error = f"killed its process {deaths[image_id]} times while it was read"
             yield _table(row, stage="decode", error=error)
             continue
-        ledger.begin("decode", image_id)
+        ledger.begin("decode", [image_id])
         table = _decoded(row, max_px)
-        ledger.finish("decode", image_id)  # before the wait for somebody to take it
+        ledger.finish("decode", [image_id])  # before the wait for somebody to take it
         yield table
 
 

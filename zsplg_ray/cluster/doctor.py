@@ -19,7 +19,9 @@ import torch
 
 from zsplg_ray.cluster.session import ray_session
 from zsplg_ray.config import DoctorConfig
-from zsplg_ray.label.weights import OFFICIAL, clip_source, sha256_file
+from zsplg_ray.label.budget import images_at_once, memory_gib, needed_gib, points_together
+from zsplg_ray.label.presets import resolve_sam
+from zsplg_ray.label.weights import OFFICIAL, blank_sam, clip_source, sha256_file
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import PACKAGES
 from zsplg_ray.storage import cache_dir
@@ -34,6 +36,7 @@ def examine(config: DoctorConfig) -> list[Finding]:
         "machine": _machine,
         "gpu": _gpu,
         "sam": _sam,
+        "memory": _memory,
         "clip": _clip,
         "storage": _storage,
         "ray": _ray,
@@ -79,7 +82,9 @@ def _machine(config: DoctorConfig) -> Finding:
 
 def _gpu(config: DoctorConfig) -> Finding:
     if not torch.cuda.is_available():
-        fix = "with vit_b to vit_h count on minutes an image; --sam shapes is made for CPUs"
+        fix = (
+            "with vit_b to vit_h count on half a minute to minutes an image; --sam shapes is quick"
+        )
         return _finding("warn", "no GPU that torch can use", fix)
     names = [
         f"{p.name} {p.total_memory / 2**30:.0f} GiB"
@@ -108,6 +113,22 @@ def _sam(config: DoctorConfig) -> Finding:
     if sha256_file(here) != official.sha256:
         return _finding("fail", f"{here} is not the official file", "delete it")
     return _finding("ok", f"{here}, SHA-256 as released")
+
+
+def _memory(config: DoctorConfig) -> Finding:
+    """How much memory SAM gets here and what that is enough for."""
+    sam, device = blank_sam(config.sam.model), "cuda" if torch.cuda.is_available() else "cpu"
+    weights = sum(p.numel() * p.element_size() for p in sam.parameters()) / 2**30
+    settings = resolve_sam(config.sam)
+    gib = memory_gib(sam, settings, device, taken_gib=weights)
+    images = images_at_once(sam, settings, gib, device)
+    points = points_together(sam, settings.points_per_batch, device)
+    told = f"sam.memory_gib {gib:.1f} on {device}: {images} images, {points} points of each at once"
+    wanted = needed_gib(sam, settings, device)
+    if wanted > gib:
+        fix = f"one image may want {wanted:.1f} GiB; fewer points are tried when memory runs out"
+        return _finding("warn", told, fix)
+    return _finding("ok", told)
 
 
 def _clip(config: DoctorConfig) -> Finding:

@@ -32,13 +32,14 @@ class LedgerBook:
         """Image id -> deaths at this stage so far, for those whose result is not written yet."""
         return {i: self.begun[stage, i] for i in image_ids if i not in self.committed}
 
-    def begin(self, stage: str, image_id: str) -> None:
-        """Note that work starts on one image."""
-        self.begun[stage, image_id] += 1
+    def begin(self, stage: str, image_ids: list[str]) -> None:
+        """Note that work starts on images: on all of them together."""
+        self.begun.update((stage, image_id) for image_id in image_ids)
 
-    def finish(self, stage: str, image_id: str) -> None:
-        """This image is through this stage, well or badly, with its process alive."""
-        self.begun.pop((stage, image_id), None)
+    def finish(self, stage: str, image_ids: list[str]) -> None:
+        """These images are through this stage, well or badly, with their process alive."""
+        for image_id in image_ids:
+            self.begun.pop((stage, image_id), None)
 
     def commit(self, image_ids: list[str]) -> None:
         """The rows of these images stand in the run's folder."""
@@ -63,13 +64,13 @@ class Ledger:
         """See LedgerBook.open."""
         return ray.get(self._handle.open.remote(stage, image_ids))
 
-    def begin(self, stage: str, image_id: str) -> None:
+    def begin(self, stage: str, image_ids: list[str]) -> None:
         """See LedgerBook.begin; returns when it is noted."""
-        ray.get(self._handle.begin.remote(stage, image_id))
+        ray.get(self._handle.begin.remote(stage, image_ids))
 
-    def finish(self, stage: str, image_id: str) -> None:
+    def finish(self, stage: str, image_ids: list[str]) -> None:
         """See LedgerBook.finish; does not wait, since calls of one worker keep their order."""
-        self._handle.finish.remote(stage, image_id)
+        self._handle.finish.remote(stage, image_ids)
 
     def commit(self, image_ids: list[str]) -> None:
         """See LedgerBook.commit; returns when it is noted."""

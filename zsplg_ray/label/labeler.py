@@ -9,7 +9,7 @@ and so may a notebook.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +32,13 @@ log = logging.getLogger(__name__)
 class Proposer(Protocol):
     """Whatever finds segments: `MaskProposer`, or a rigged one in a test."""
 
-    def propose(self, image_HWC: np.ndarray, points_per_batch: int | None = None) -> Segments:
-        """Segments of one uint8 RGB image, not embedded yet."""
+    images_at_once: int
+    """How many images its memory takes together."""
+
+    def propose_many(
+        self, images: Sequence[np.ndarray], points_per_batch: int | None = None
+    ) -> list[Segments]:
+        """Segments of each uint8 RGB image, not embedded yet."""
         ...
 
 
@@ -45,11 +50,20 @@ class Embedder(Protocol):
         ...
 
 
+Labelled = tuple[Segments, Composed]
+"""Segments with float16 embeddings, and the labels composed from them."""
+
+
 class LabelsImages(Protocol):
     """Whatever labels images: `Labeler`, or a rigged one in a test."""
 
-    def label(self, image_HWC: np.ndarray) -> tuple[Segments, Composed]:
-        """Segments with float16 embeddings, and the labels composed from them."""
+    @property
+    def images_at_once(self) -> int:
+        """How many images to give to `label_many`."""
+        ...
+
+    def label_many(self, images: Sequence[np.ndarray]) -> list[Labelled | Exception]:
+        """The result for each uint8 RGB image, or what went wrong with it."""
         ...
 
 
@@ -63,7 +77,6 @@ class Naming:
 
     def compose(self, segments: Segments) -> Composed:
         """Label map and score map of one image from its stored (float16) embeddings."""
-        assert segments.embedding_RD is not None, "stored segments are embedded"
         assert segments.embedding_RD is not None, "embedded before they are named"
         sim_RK = self.bank.similarity(segments.embedding_RD)
         return compose(segments, sim_RK, self.config, self.classes)
@@ -87,35 +100,80 @@ class Labeler:
         """SAM and CLIP as a resolved config names them (see presets.resolve_label)."""
         model, tokenizer = load_clip(config.clip, device)
         encoder = ClipEncoder(model, tokenizer, config.clip, device)
-        labeler = cls(MaskProposer(load_sam(config.sam, device), config.sam), encoder, naming)
+        gpu_share = min(1.0, config.actors.gpus or 1.0)
+        proposer = MaskProposer(load_sam(config.sam, device), config.sam, gpu_share)
+        labeler = cls(proposer, encoder, naming)
         labeler.weights = {"sam": sam_sha256(config.sam), "clip": state_sha256(model)}
         return labeler
 
-    def label(self, image_HWC: np.ndarray) -> tuple[Segments, Composed]:
+    @property
+    def images_at_once(self) -> int:
+        """How many images SAM takes together."""
+        return self.proposer.images_at_once
+
+    def label(self, image_HWC: np.ndarray, found: Segments | None = None) -> Labelled:
         """Segments with float16 embeddings, and the labels composed from them.
 
         Args:
             image_HWC: uint8 RGB.
+            found: Its segments, if they are known already.
 
         Raises:
             OutOfMemory: If memory runs out even with few points at a time on a quarter of the side.
         """
-        segments = self.segment(image_HWC)
+        segments = self.segment(image_HWC, found)
         return segments, self.naming.compose(segments)
 
-    def segment(self, image_HWC: np.ndarray) -> Segments:
-        """Segments with float16 embeddings; in smaller steps, then smaller, if memory runs out."""
+    def label_many(self, images: Sequence[np.ndarray]) -> list[Labelled | Exception]:
+        """As `label` for each image, segmented together; what fails for one image is its result.
+
+        Args:
+            images: uint8 RGB, of any sizes.
+
+        Raises:
+            Exception: If the device is broken (`is_broken_device`): it will not do the others.
+        """
+        found = self._propose_together(images) if len(images) > 1 else None
+        results: list[Labelled | Exception] = []
+        for image, segments in zip(images, found or [None] * len(images), strict=True):
+            try:
+                results.append(self.label(image, segments))
+            except Exception as e:
+                if is_broken_device(e):
+                    raise
+                results.append(e)
+        return results
+
+    def _propose_together(self, images: Sequence[np.ndarray]) -> list[Segments] | None:
+        """Segments of all images, or None if that fails: then each is tried alone."""
+        try:
+            return self.proposer.propose_many(images)
+        except Exception as e:
+            if is_broken_device(e):
+                raise
+            log.warning("%d images together failed (%s); now one by one", len(images), e)
+        free_memory()
+        return None
+
+    def segment(self, image_HWC: np.ndarray, found: Segments | None = None) -> Segments:
+        """Segments with float16 embeddings; in smaller steps, then smaller, if memory runs out.
+
+        Args:
+            image_HWC: uint8 RGB.
+            found: Its segments, if they are known already; found again if memory runs out.
+        """
         last: BaseException | None = None
         for points_per_batch, shrink in self._steps():
             try:
+                if found is not None:
+                    return self._embed(image_HWC, found)
                 return self._segment(image_HWC, points_per_batch, shrink)
             except (RuntimeError, MemoryError) as e:
                 if not is_out_of_memory(e):
                     raise
-                last = e.with_traceback(None)  # frames would keep the tensors alive
+                last, found = e.with_traceback(None), None  # frames would keep the tensors alive
                 log.warning("out of memory (%s points, 1/%d of the side)", points_per_batch, shrink)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
         size = "x".join(map(str, image_HWC.shape[:2]))
         raise OutOfMemory(f"image of {size} px does not fit in memory: {last}")
 
@@ -124,9 +182,17 @@ class Labeler:
 
     def _segment(self, image_HWC: np.ndarray, points: int | None, shrink: int) -> Segments:
         image = image_HWC if shrink == 1 else _smaller(image_HWC, shrink)
-        segments = self.proposer.propose(image, points)
-        embedding_RD = self.embedder.embed(image, segments).astype(np.float16)
-        return segments.with_embedding(embedding_RD).resized(image_HWC.shape[:2])
+        segments = self.proposer.propose_many([image], points)[0]
+        return self._embed(image, segments).resized(image_HWC.shape[:2])
+
+    def _embed(self, image_HWC: np.ndarray, segments: Segments) -> Segments:
+        return segments.with_embedding(self.embedder.embed(image_HWC, segments))
+
+
+def free_memory() -> None:
+    """Give back what torch keeps of a GPU's memory for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

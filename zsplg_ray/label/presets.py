@@ -6,9 +6,10 @@ What enters: a config as the user gave it. What leaves: the same with every None
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar
 
-from zsplg_ray.config import LabelConfig, RelabelConfig
+from zsplg_ray.config import LabelConfig, RelabelConfig, SamConfig
 from zsplg_ray.settings import flatten, override
 from zsplg_ray.vocab import ClassList
 
@@ -32,22 +33,30 @@ CLIP_DEFAULTS: dict[str, Any] = {
     "min_similarity": {"cosine": 0.2, "softmax": 0.5},
 }
 """GEM's own depth and size for ViT-B-16; the paper's prompt. The paper's threshold is not public:
-0.2 is a starting point for CLIP's cosine similarities, to be tuned on a few labelled images."""
+0.2 is a starting point for CLIP's cosine similarities, to be tuned on a few labelled images. A
+model for which it depends on the embedder gives a number for each."""
 
 
 def resolve_label(config: LabelConfig) -> LabelConfig:
     """`config` with every setting that depends on the models filled in."""
-    sam = dict(SAM_DEFAULTS)
-    if config.sam.model == "shapes":
-        from zsplg_ray.shapes.sam import GENERATOR_SETTINGS
-
-        sam |= {k: v for k, v in GENERATOR_SETTINGS.items() if k in SAM_DEFAULTS}
     clip = clip_defaults(config.clip.model)
-    known = {f"sam.{k}": v for k, v in sam.items()}
-    known |= {f"clip.{k}": clip[k] for k in ("gem_depth", "dense_px")}
+    known = {f"clip.{k}": clip[k] for k in ("gem_depth", "dense_px")}
     flat = flatten(config)
     config = override(config, {k: v for k, v in known.items() if flat[k] is None})
+    config = dataclasses.replace(config, sam=resolve_sam(config.sam))
     return resolve_text(config, config.clip.model, config.clip.embedder)
+
+
+def resolve_sam(config: SamConfig) -> SamConfig:
+    """The settings of the mask generator with those filled in that depend on the model."""
+    known = dict(SAM_DEFAULTS)
+    if config.model == "shapes":
+        from zsplg_ray.shapes.sam import GENERATOR_SETTINGS
+
+        known |= {k: v for k, v in GENERATOR_SETTINGS.items() if k in SAM_DEFAULTS}
+    return dataclasses.replace(
+        config, **{k: v for k, v in known.items() if getattr(config, k) is None}
+    )
 
 
 def resolve_text(config: C, clip_model: str, embedder: str) -> C:

@@ -91,8 +91,8 @@ class Segments:
             got = f"{masks_RHW.dtype} {list(masks_RHW.shape)}"
             raise ValueError(complain("masks_RHW", "bool [R, H, W]", got, "cast or stack them"))
         height, width = masks_RHW.shape[1:]
-        rle = [_encode(mask_HW) for mask_HW in masks_RHW]
-        return cls._measured((height, width), rle, predicted_iou, stability)
+        rle = [encode_mask(mask_HW) for mask_HW in masks_RHW]
+        return cls.measured((height, width), rle, predicted_iou, stability)
 
     @classmethod
     def from_sam(cls, records: Sequence[Mapping[str, Any]], size_hw: tuple[int, int]) -> Segments:
@@ -107,7 +107,7 @@ class Segments:
         Raises:
             ValueError: a mask of another size or of an unknown kind.
         """
-        return cls._measured(
+        return cls.measured(
             size_hw,
             [_rle_of_record(record["segmentation"], size_hw) for record in records],
             [record["predicted_iou"] for record in records],
@@ -167,14 +167,18 @@ class Segments:
         )
 
     @classmethod
-    def _measured(
+    def measured(
         cls,
         size_hw: tuple[int, int],
         rle: list[bytes],
-        predicted_iou: Sequence[float],
-        stability: Sequence[float],
+        predicted_iou: Sequence[float] | np.ndarray,
+        stability: Sequence[float] | np.ndarray,
     ) -> Segments:
-        """Build with box and area read off the runs."""
+        """Build from COCO compressed counts; box and area are read off the runs.
+
+        Raises:
+            ValueError: counts that are no RLE or of another size, or lengths that differ.
+        """
         box_xyxy, area_px = _measure_all(rle, size_hw)
         quality = np.array(predicted_iou, np.float32), np.array(stability, np.float32)
         return cls(size_hw, rle, box_xyxy, area_px, *quality)
@@ -195,7 +199,7 @@ class Segments:
 
     def mask_HW(self, index: int) -> np.ndarray:
         """The mask of one segment, bool [H, W]."""
-        return _decode(self.rle[index], self.size_hw)
+        return decode_mask(self.rle[index], self.size_hw)
 
     def masks_RHW(self) -> np.ndarray:
         """All masks, bool [R, H, W]: R bytes a pixel, so prefer `mask_HW` in a loop."""
@@ -203,22 +207,6 @@ class Segments:
         for r in range(len(self)):
             masks_RHW[r] = self.mask_HW(r)
         return masks_RHW
-
-    def column_spans(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The mask of one segment as vertical spans, without making it dense.
-
-        Returns:
-            x, y0, y1, each int64 [N]: pixels y0 <= y < y1 of column x belong to the mask.
-        """
-        height = self.size_hw[0]
-        start, end = _foreground(rle_runs(self.rle[index], height * self.size_hw[1]))
-        first = start // height
-        n_columns = (end - 1) // height - first + 1
-        run = np.repeat(np.arange(len(start)), n_columns)
-        step = np.arange(len(run)) - np.repeat(np.cumsum(n_columns) - n_columns, n_columns)
-        y0 = np.where(step == 0, start[run] % height, 0)
-        y1 = np.where(step == n_columns[run] - 1, (end[run] - 1) % height + 1, height)
-        return first[run] + step, y0, y1
 
     def with_embedding(self, embedding_RD: np.ndarray) -> Segments:
         """A copy with embeddings, float [R, D], rounded to float16 as they are stored."""
@@ -256,7 +244,7 @@ class Segments:
         row_H = _nearest(size_hw[0], self.size_hw[0])
         column_W = _nearest(size_hw[1], self.size_hw[1])
         # Transposed, because decoded masks are column-major.
-        rle = [_encode(self.mask_HW(r).T[column_W][:, row_H].T) for r in range(len(self))]
+        rle = [encode_mask(self.mask_HW(r).T[column_W][:, row_H].T) for r in range(len(self))]
         box_xyxy, area_px = _measure_all(rle, size_hw)
         return dataclasses.replace(
             self, size_hw=size_hw, rle=rle, box_xyxy=box_xyxy, area_px=area_px
@@ -329,7 +317,7 @@ def _foreground(run_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _rle_of_record(segmentation: object, size_hw: tuple[int, int]) -> bytes:
     """Compressed counts of one of SAM's masks, whichever way it was written."""
     if isinstance(segmentation, np.ndarray) and segmentation.shape == tuple(size_hw):
-        return _encode(segmentation)
+        return encode_mask(segmentation)
     if isinstance(segmentation, Mapping) and list(segmentation["size"]) == list(size_hw):
         counts = segmentation["counts"]
         if isinstance(counts, bytes | str):
@@ -339,13 +327,15 @@ def _rle_of_record(segmentation: object, size_hw: tuple[int, int]) -> bytes:
     raise ValueError(complain("segmentation", rule, repr(got)[:80], "use output_mode='coco_rle'"))
 
 
-def _encode(mask_HW: np.ndarray) -> bytes:
+def encode_mask(mask_HW: np.ndarray) -> bytes:
+    """COCO compressed counts of a mask, bool [H, W]."""
     counts = coco.encode(np.asfortranarray(mask_HW, dtype=np.uint8))["counts"]
     assert isinstance(counts, bytes), "what pycocotools makes before anyone turns it into JSON"
     return counts
 
 
-def _decode(rle: bytes, size_hw: tuple[int, int]) -> np.ndarray:
+def decode_mask(rle: bytes, size_hw: tuple[int, int]) -> np.ndarray:
+    """The mask of COCO compressed counts, bool [H, W]; the counts must fit the size."""
     return coco.decode({"size": list(size_hw), "counts": rle}).view(np.bool_)
 
 

@@ -172,6 +172,12 @@ def load_sam(config: SamConfig, device: str = "cpu") -> Sam:
     return sam.eval().requires_grad_(False).to(device)
 
 
+def blank_sam(model: str) -> Sam:
+    """A SAM of that name without weights (on torch's `meta` device), to ask for its sizes."""
+    with torch.device("meta"):
+        return _sam_builders()[model]()
+
+
 def absolute_paths(config: LabelConfig) -> LabelConfig:
     """The same with local weights by absolute path, for workers that start in another folder."""
     changes: dict[str, str] = {}
@@ -195,8 +201,7 @@ def check_sam(config: SamConfig) -> Path | None:
     path = sam_checkpoint(config)
     if path is None:
         return None
-    with torch.device("meta"):
-        wanted = {k: v.shape for k, v in _sam_builders()[config.model]().state_dict().items()}
+    wanted = {k: v.shape for k, v in blank_sam(config.model).state_dict().items()}
     found = {k: v.shape for k, v in read_state(path).items()}
     if wanted != found:
         wrong = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
