@@ -5,21 +5,35 @@ import json
 import re
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from zsplg_ray.config import LabelConfig, RelabelConfig
 from zsplg_ray.label.presets import resolve_label, resolve_text
-from zsplg_ray.rundir import RunFolder
+from zsplg_ray.rundir import RunFolder, part_name
 from zsplg_ray.runinfo import (
+    ADDED_LATER,
     describe_run,
+    label_settings,
     part_meta,
     refuse_other_run,
     relabelled,
+    segment_settings,
+    with_fingerprints,
 )
 from zsplg_ray.settings import flatten, from_mapping
 from zsplg_ray.vocab import class_list
 
 WEIGHTS = {"sam": "5a3", "clip": "c11b"}
+
+KNOWN_FROM_THE_FIRST = {
+    "clip": "dense_px embedder gem_depth model random_weights",
+    "compose": "min_area_px min_margin min_predicted_iou min_similarity min_stability order score "
+    "temperature unsure",
+    "prompts": "background templates",
+    "sam": "box_nms_thresh crop_n_layers min_mask_region_area model points_per_side "
+    "pred_iou_thresh random_weights stability_score_offset stability_score_thresh",
+}
 
 
 def describe(weights: Any = WEIGHTS, classes: Any = "cat,dog", **changes: Any) -> dict[str, Any]:
@@ -149,6 +163,50 @@ def test_a_half_relabelled_folder_is_refused(folder):
     folder.write_run({**run, "labels_state": "relabelling"})
     with pytest.raises(ValueError, match=r"half relabelled one; run `zsplg relabel --run .*finish"):
         refuse_other_run(folder, run)
+
+
+def from_before(run):
+    """The run as a version would have written it that knew none of the later settings."""
+    old = copy.deepcopy(run)
+    for key in ("config", "resolved"):
+        old[key] = {k: v for k, v in old[key].items() if k not in ADDED_LATER}
+    return with_fingerprints(old)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sam__precision": "bfloat16"}, "sam.precision must be float32 as in DIR, got bfloat16;"),
+        ({"sam__crop_nms_thresh": 0.5}, "sam.crop_nms_thresh must be 0.7 as in DIR, got 0.5;"),
+    ],
+)
+def test_a_run_made_before_a_setting_existed_goes_on_as_it_was_made(folder, changes, told):
+    folder.write_run(from_before(describe()))
+    refuse_other_run(folder, describe())
+    with pytest.raises(ValueError, match="^" + re.escape(told.replace("DIR", folder.uri))):
+        refuse_other_run(folder, describe(**changes))
+    with pytest.raises(ValueError, match=r"^sam\.points_per_side must be 32 as in"):
+        refuse_other_run(folder, describe(sam__points_per_side=16))
+
+
+def test_parts_made_before_a_setting_existed_carry_the_same_fingerprints(tmp_path):
+    run = describe()
+    old = from_before(run)
+    assert len(old["resolved"]) < len(run["resolved"])
+    assert prints(old) == prints(run) == prints(relabel(old))
+    folder = RunFolder(str(tmp_path))
+    folder.write_part("segments", part_name("a"), pa.table({"image_id": ["a"]}), part_meta(old))
+    refuse_other_run(folder, run)  # no run.json: the part alone decides
+    changed = describe(sam__precision="bfloat16")
+    assert prints(changed)[0] != prints(run)[0] and prints(changed)[1] != prints(run)[1]
+    with pytest.raises(ValueError, match="out must be a folder of segments with fingerprint"):
+        refuse_other_run(folder, changed)
+
+
+def test_every_setting_of_segments_and_labels_has_a_value_in_older_runs():
+    names = {*segment_settings(describe()), *label_settings(describe())}
+    first = {f"{k}.{name}" for k, known in KNOWN_FROM_THE_FIRST.items() for name in known.split()}
+    assert names - first == ADDED_LATER.keys(), "what did older runs work by?"
 
 
 def relabel(run, **changes):

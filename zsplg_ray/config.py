@@ -36,14 +36,16 @@ class SamConfig(Section):
     hold, and fewer when memory runs out. The masks are the same."""
     memory_gib: Annotated[float | None, Range(0.1, 4096)] = None
     """Memory of the device for segmenting, GiB in [0.1, 4096], beside the weights: it decides how
-    many images go through SAM at once (`zsplg doctor` tells). None: 70 % of what is free on a GPU;
-    on a CPU, where more are not quicker, what one image takes."""
+    many images go through SAM at once (`zsplg doctor` tells), at most `actors.in_flight`. None:
+    70 % of what is free on a GPU; on a CPU, where more are not quicker, what one image takes."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the image encoder. bfloat16 is faster; the masks are nearly the same."""
     pred_iou_thresh: Annotated[float | None, Range(0, 1)] = None
-    """Masks whose predicted IoU is lower are dropped, [0, 1]. None: 0.88, or the model's own."""
+    """Masks whose predicted IoU is not higher are dropped, [0, 1]; 0 keeps all. None: 0.88, or the
+    model's own."""
     stability_score_thresh: Annotated[float | None, Range(0, 1)] = None
-    """Masks less stable than this are dropped, [0, 1]. None: 0.95, or the model's own."""
+    """Masks less stable than this are dropped, [0, 1]; 0 keeps all. None: 0.95, or the model's
+    own."""
     stability_score_offset: Annotated[float | None, Range(0, 100)] = None
     """Shift of the mask threshold for the stability score, logits in [0, 100]. None: 1.0."""
     box_nms_thresh: Annotated[float | None, Range(0, 1)] = None

@@ -29,6 +29,17 @@ NOT_IN_SEGMENTS = {
 }
 """Settings of sam and clip that do not change the segments (the checkpoint counts by its hash)."""
 
+ADDED_LATER: dict[str, Any] = {
+    "sam.precision": "float32",
+    "sam.crop_nms_thresh": 0.7,
+    "sam.crop_overlap_ratio": 512 / 1500,
+    "sam.crop_n_points_downscale_factor": 1,
+}
+"""Settings of segments or labels that the first runs did not know -> the value they worked by.
+
+At that value a setting is left out of the fingerprints, so that parts of older and newer versions
+in one folder carry the same. An entry stays as it is when the setting's default changes."""
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -59,9 +70,10 @@ def describe_run(
 
 def with_fingerprints(run: dict[str, Any]) -> dict[str, Any]:
     """Set `fingerprint` (segments) and `labels_fingerprint` from the rest."""
-    segments = {k: run["resolved"][k] for k in segment_settings(run)} | run["weights"]
+    known = {k: v for k, v in run["resolved"].items() if (k, v) not in ADDED_LATER.items()}
+    segments = {k: known[k] for k in segment_settings(run) if k in known} | run["weights"]
     run["fingerprint"] = fingerprint(segments)
-    labels = {k: run["resolved"][k] for k in label_settings(run)}
+    labels = {k: known[k] for k in label_settings(run) if k in known}
     labels |= {"classes": run["classes"], "segments": run["fingerprint"]}
     run["labels_fingerprint"] = fingerprint(labels)
     return run
@@ -86,7 +98,8 @@ def part_meta(run: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
     """Raise ValueError if `folder` holds a run that was made with other settings.
 
-    The first differing setting is named with both values.
+    The first differing setting is named with both values. For a setting that the folder's run did
+    not know yet, its value is the one that run worked by.
     """
     if folder.local and Path(folder.path).exists() and not Path(folder.path).is_dir():
         raise ValueError(complain("out", "a folder", folder.uri, "give another path"))
@@ -103,11 +116,12 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
         raise ValueError(
             complain("out", "a folder with whole labels", "a half relabelled one", fix)
         )
-    pairs = [(k, old["resolved"].get(k), run["resolved"][k], again) for k in segment_settings(run)]
+    theirs, ours = ADDED_LATER | old["resolved"], run["resolved"]
+    pairs = [(k, theirs.get(k), ours[k], again) for k in segment_settings(run)]
     weights = run["weights"].items()
     pairs += [(f"weights of {k}", old["weights"].get(k), v, again) for k, v in weights]
     change = f"{again}, or change all labels with `zsplg relabel --run {folder.uri}`"
-    pairs += [(k, old["resolved"].get(k), run["resolved"][k], change) for k in label_settings(run)]
+    pairs += [(k, theirs.get(k), ours[k], change) for k in label_settings(run)]
     pairs += [("classes", old["classes"], run["classes"], change)]
     for name, before, now, fix in pairs:
         if before != now:

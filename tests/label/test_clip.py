@@ -151,7 +151,7 @@ def test_embedders_differ(model, image_HWC, segments):
 def test_no_segments_and_segments_without_pixels(model, image_HWC, segments, embedder):
     encoder = encoder_of(model, embedder)
     assert encoder.embedding_dim == 24
-    nothing = encoder.embed(image_HWC, Segments.from_sam([], (50, 75)))
+    nothing = encoder.embed(image_HWC, Segments.measured((50, 75), [], [], []))
     assert nothing.shape == (0, 24)
     assert nothing.dtype == np.float32
     masks = segments.masks_RHW()[:3]

@@ -218,7 +218,7 @@ def test_what_could_not_be_embedded_is_not_painted():
 
 
 def test_zero_segments_and_all_below():
-    empty = Segments.from_sam([], (2, 3))
+    empty = Segments.measured((2, 3), [], [], [])
     for unsure, label in (("background", 0), ("ignore", IGNORE)):
         composed = compose(empty, np.zeros((0, 3), np.float32), config(unsure=unsure), CLASSES)
         assert (composed.label_HW == label).all()

@@ -10,7 +10,7 @@ from segment_anything.modeling import MaskDecoder, Sam, TwoWayTransformer
 from torch import nn
 
 from zsplg_ray.label import products
-from zsplg_ray.label.decoder import PointDecoder, points_at_once
+from zsplg_ray.label.decoder import PointDecoder, points_in_cache
 from zsplg_ray.shapes.sam import WEIGHTS, build_sam_shapes
 
 GRID = 16
@@ -244,8 +244,7 @@ def test_nothing_kept_leaves_empty_tensors_of_the_right_shape():
 
 
 def test_more_points_a_call_where_there_is_more_room():
-    assert points_at_once("cuda:0") >= 64 > points_at_once("cpu") >= 1
-    assert points_at_once(torch.device("cpu"), 256) > points_at_once("cpu", 4096)
+    assert points_in_cache(256) > points_in_cache(4096) >= 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,5 +1,6 @@
 """One image to its labels: exact on a rigged pair, and in smaller steps when memory runs out."""
 
+import traceback
 import weakref
 from typing import Any
 
@@ -220,6 +221,23 @@ def test_a_failed_try_gives_its_memory_back_before_the_next():
     assert len(alive) == 4
 
 
+def test_a_failed_image_gives_its_memory_back_before_the_next():
+    alive: list[weakref.ref] = []
+
+    class Failing(ColourEmbedder):
+        def embed(self, image_HWC, segments):
+            assert not any(ref() is not None for ref in alive), "a failed image still holds memory"
+            large = np.zeros(1000)
+            alive.append(weakref.ref(large))
+            raise ArithmeticError("no")
+
+    results = Labeler(ColourProposer(), Failing(), naming()).label_many([scene()[0]] * 3)
+    assert len(alive) == 3
+    assert [str(result) for result in results] == ["no"] * 3
+    told = "".join(traceback.format_exception(results[0]))  # type: ignore[arg-type]
+    assert "in embed" in told, "where it failed is still known"
+
+
 def test_tiny_images_can_still_be_made_smaller():
     proposer = Fussy(2, 20, MemoryError())
     proposer.max_points = 0
@@ -246,10 +264,14 @@ class Together(Fussy):
         self.given: list[int] = []
 
     def propose_many(self, images, points_per_batch=None):
-        self.given.append(len(images))
-        if len(images) > self.most:
-            raise self.error
-        return super().propose_many(images, points_per_batch)
+        found = []
+        for start in range(0, len(images), self.images_at_once):
+            some = images[start : start + self.images_at_once]
+            self.given.append(len(some))
+            if len(some) > self.most:
+                raise self.error
+            found += super().propose_many(some, points_per_batch)
+        return found
 
 
 def test_several_images_are_segmented_together_and_labelled_as_if_alone():
@@ -266,15 +288,27 @@ def test_several_images_are_segmented_together_and_labelled_as_if_alone():
         np.testing.assert_array_equal(result[1].label_HW, expected)
 
 
-@pytest.mark.parametrize("error", [*FULL, ValueError("one of them is odd")], ids=repr)
-def test_images_that_fail_together_are_tried_one_by_one(error):
+def test_images_that_fail_together_are_tried_one_by_one():
     image_HWC, label_HW = scene()
-    proposer = Together(3, 1, error)
-    results = Labeler(proposer, ColourEmbedder(), naming()).label_many([image_HWC] * 3)
-    assert proposer.given == [3, 1, 1, 1]
-    for result in results:
+    proposer = Together(3, 1, ValueError("one of them is odd"))
+    labeler = Labeler(proposer, ColourEmbedder(), naming())
+    for result in labeler.label_many([image_HWC] * 3):
         assert not isinstance(result, Exception)
         np.testing.assert_array_equal(result[1].label_HW, label_HW)
+    assert proposer.given == [3, 1, 1, 1] and labeler.images_at_once == 3
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_fewer_go_together_for_good_when_memory_runs_out(error):
+    image_HWC, label_HW = scene()
+    proposer = Together(8, 2, error)
+    labeler = Labeler(proposer, ColourEmbedder(), naming())
+    for _ in range(2):
+        for result in labeler.label_many([image_HWC] * 8):
+            assert not isinstance(result, Exception)
+            np.testing.assert_array_equal(result[1].label_HW, label_HW)
+    assert labeler.images_at_once == 2
+    assert proposer.given == [8, 4, *[2] * 8]
 
 
 def test_what_fails_for_one_image_is_its_own_result():

@@ -134,7 +134,7 @@ def test_each_mask_has_its_own_weights_whatever_stands_beside_it():
 
 
 def test_no_masks_and_masks_without_pixels():
-    assert pooling_weights(Segments.from_sam([], (5, 6)), (2, 3)).shape == (0, 6)
+    assert pooling_weights(Segments.measured((5, 6), [], [], []), (2, 3)).shape == (0, 6)
     masks = np.stack([drawn("frame"), np.zeros((61, 83), np.bool_), drawn("noise")])
     weight_RN = pooling_weights(segments_of(masks), (2, 3))
     assert np.isnan(weight_RN).all(axis=1).tolist() == [False, True, False]

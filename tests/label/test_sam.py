@@ -8,6 +8,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from zsplg_ray.config import SamConfig
+from zsplg_ray.label.fullsize import FullSize
 from zsplg_ray.label.official import agreement, official_generator, official_proposals, together
 from zsplg_ray.label.presets import resolve_sam
 from zsplg_ray.label.sam import MaskProposer
@@ -91,6 +92,33 @@ def test_images_of_any_size_with_an_untrained_sam(size_hw):
     assert found.least_iou > 0.999
 
 
+def test_the_way_that_other_devices_go_finds_the_same(sam, monkeypatch):
+    """On a GPU masks are enlarged by torch, not counted by the kernels."""
+    routes = []
+
+    def no_kernel(self, device):
+        routes.append(device)
+        return None
+
+    monkeypatch.setattr(FullSize, "_steps", no_kernel)
+    images = [make_scene(5).image_HWC, make_scene(6).image_HWC[:90]]
+    config = shapes(crop_n_layers=1, memory_gib=1.0)
+    found = together(compare(sam, config, images))
+    assert routes and found.exact and found.ours > 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_records_on_a_gpu(precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = shapes(precision=precision)
+    found = together(
+        compare(load_sam(config, "cuda"), config, [make_scene(s).image_HWC for s in range(20)])
+    )
+    assert abs(found.ours - found.theirs) <= (0 if precision == "float32" else 3)
+    assert found.mean_best_iou > (0.999 if precision == "float32" else 0.98)
+
+
 def test_images_of_different_sizes_together_as_if_alone(sam):
     images = [
         make_scene(1).image_HWC,
@@ -101,7 +129,9 @@ def test_images_of_different_sizes_together_as_if_alone(sam):
     together_, one = shapes(memory_gib=4.0), shapes(memory_gib=0.1)
     proposer, alone = MaskProposer(sam, together_), MaskProposer(sam, one)
     assert proposer.images_at_once >= len(images)
-    for found, image in zip(proposer.proposals(images), images, strict=True):
+    all_found = proposer.proposals(images)
+    assert sum(map(len, all_found)) > 6
+    for found, image in zip(all_found, images, strict=True):
         (same,) = alone.proposals([image])
         assert agreement(found, same).least_iou > 0.999
         assert len(found) == len(same) and (found.point_xy == same.point_xy).all()
@@ -135,6 +165,14 @@ def test_nothing_of_the_model_is_changed(sam):
     )
     for name, value in sam.state_dict().items():
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("size_hw", "layers"), [((1, 600), 0), ((1, 1), 1), ((5, 40), 2)])
+def test_images_too_thin_for_sam_itself_are_done(sam, size_hw, layers):
+    image = np.zeros((*size_hw, 3), np.uint8)
+    config = shapes(crop_n_layers=layers, points_per_side=2, pred_iou_thresh=0.0)
+    (found,) = MaskProposer(sam, config).propose_many([image])
+    assert found.size_hw == size_hw
 
 
 def test_a_layer_of_crops_without_points_is_refused():

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
-from segment_anything.utils.amg import coco_encode_rle, mask_to_rle_pytorch
 
+from zsplg_ray.label import segments as segments_module
 from zsplg_ray.label.segments import Segments, rle_runs
 from zsplg_ray.records import segments_schema
 
@@ -85,32 +85,24 @@ def test_large_masks_have_long_counts():
     np.testing.assert_array_equal(segments.mask_HW(0), masks[0])
 
 
-def test_sam_records_in_both_modes_give_the_same_segments():
-    torch = pytest.importorskip("torch")
-    masks = blobs()
-    quality = {"predicted_iou": 0.75, "stability_score": 0.5, "bbox": [0, 0, 1, 1], "area": 7}
-    coded = [coco_encode_rle(r) for r in mask_to_rle_pytorch(torch.from_numpy(masks))]
-    as_rle = [{"segmentation": rle, **quality} for rle in coded]
-    as_mask = [{"segmentation": mask, **quality} for mask in masks]
-    from_rle, from_mask = (Segments.from_sam(records, (37, 53)) for records in (as_rle, as_mask))
-    assert_same(from_rle, from_mask)
-    np.testing.assert_array_equal(from_rle.masks_RHW(), masks)
-    assert from_rle.stability.tolist() == [0.5] * 3
-    assert from_rle.predicted_iou.tolist() == [0.75] * 3
-
-
-@pytest.mark.parametrize(
-    "segmentation",
-    [np.ones((3, 3), np.bool_), {"size": [3, 3], "counts": b"9"}, {"size": [4, 5], "counts": [20]}],
-)
-def test_sam_masks_of_another_size_or_kind_are_refused(segmentation):
-    record = {"segmentation": segmentation, "predicted_iou": 1.0, "stability_score": 1.0}
-    with pytest.raises(ValueError, match="segmentation must be a mask or COCO RLE of 4 x 5"):
-        Segments.from_sam([record], (4, 5))
+def test_a_mask_is_measured_once_and_a_wrong_box_is_still_refused(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        segments_module, "rle_runs", lambda *of: read.append(of[0]) or rle_runs(*of)
+    )
+    masks = np.random.default_rng(99).random((3, 41, 43)) > 0.5  # no other test knows them
+    made = segments_of(masks).with_embedding(np.ones((3, 2))).select([2, 0])
+    assert len(read) == 3
+    for row in (wrong := made.to_rows()):
+        row["box_xyxy"] = [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"box_xyxy must be .* as its mask says"):
+        Segments.from_rows(wrong, made.size_hw)
+    with pytest.raises(ValueError, match="rle must be runs of 1849 pixels in all"):
+        Segments.measured((43, 43), made.rle, [1.0] * 2, [1.0] * 2)
 
 
 def test_no_segment_works_everywhere():
-    empty = Segments.from_sam([], (4, 5))
+    empty = Segments.measured((4, 5), [], [], [])
     assert len(empty) == 0
     assert empty.masks_RHW().shape == (0, 4, 5)
     assert empty.to_rows() == []

@@ -103,6 +103,8 @@ class LabelActor:
     def _label(self, block: pa.Table, images: list[dict[str, Any]], to: PartWriter) -> None:
         """Label a group of images; what fails goes to `to` with its reason."""
         good = [image for image in images if not self._hopeless(image, to)]
+        if not good:
+            return
         ids = [image["image_id"] for image in good]
         self.ledger.begin("label", ids)
         try:
@@ -137,7 +139,7 @@ class LabelActor:
         """A GPU that has failed once fails for good in this process; a new one may try again."""
         if writer.ids:
             self._commit(writer)
-        os._exit(1)  # the ledger counts this as a death of the image under way
+        os._exit(1)  # the ledger counts this as a death of the images under way
 
     def _commit(self, writer: PartWriter) -> None:
         ids = writer.ids

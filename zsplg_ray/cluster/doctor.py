@@ -124,6 +124,7 @@ def _memory(config: DoctorConfig) -> Finding:
     images = images_at_once(sam, settings, gib, device)
     points = points_together(sam, settings.points_per_batch, device)
     told = f"sam.memory_gib {gib:.1f} on {device}: {images} images, {points} points of each at once"
+    told += " (and at most actors.in_flight)" if images > 1 else ""
     wanted = needed_gib(sam, settings, device)
     if wanted > gib:
         fix = f"one image may want {wanted:.1f} GiB; fewer points are tried when memory runs out"

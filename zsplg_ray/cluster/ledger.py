@@ -5,6 +5,9 @@ that one image causes every time would hold up the job without end. Each worker 
 before it starts on it. An image noted but never finished was under way when its process died; after
 `MAX_KILLS` such deaths the worker that gets it next puts it into errors/ instead of trying again.
 
+Images that are labelled together are noted together, so one death makes all of them suspects. From
+then on each is tried alone: the guilty one dies again and is put aside, the others come through.
+
 The ledger lives for one run of the driver: after a kill of the driver itself everybody starts with
 a clean sheet, for then the images under way were not to blame.
 """

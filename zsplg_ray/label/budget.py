@@ -17,7 +17,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from zsplg_ray.config import SamConfig
-from zsplg_ray.label.decoder import points_at_once
+from zsplg_ray.label.decoder import points_in_cache
 
 _FLOAT = 4
 _GIB = 2**30
@@ -58,8 +58,11 @@ def memory_gib(
         return config.memory_gib
     if torch.device(device).type != "cuda":
         return needed_gib(sam, config, device)
-    free, total = (size / _GIB for size in torch.cuda.mem_get_info(device))
-    return max(0.0, min(free, total * share) - taken_gib) * GPU_SHARE
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    spare = torch.cuda.memory_reserved(device) - used  # torch's own, free to be used again
+    ours = min(free + spare, total * share - used)
+    return max(0.0, ours / _GIB - taken_gib) * GPU_SHARE
 
 
 def need(sam: Sam, points: int) -> Need:
@@ -70,14 +73,16 @@ def need(sam: Sam, points: int) -> Need:
         points: Points of one image (of one crop).
     """
     vit: Any = sam.image_encoder
+    transformer: Any = sam.mask_decoder.transformer
     high, wide = sam.prompt_encoder.image_embedding_size
-    tokens, low_px = high * wide, 16 * high * wide
+    low_high, low_wide = sam.prompt_encoder.mask_input_size
+    tokens, low_px = high * wide, low_high * low_wide
     width = vit.patch_embed.proj.out_channels
     decoded = sam.mask_decoder.transformer_dim
     masks = sam.mask_decoder.num_multimask_outputs
-    transformer: Any = sam.mask_decoder.transformer
-    shares = transformer.depth * 7 * transformer.num_heads  # 7 tokens a layer
-    encoder = tokens * width * 10  # residual, queries, keys, values, half of the MLP at a time
+    point_tokens = sam.mask_decoder.num_mask_tokens + 3  # and the IoU's, the point's, the pad's
+    shares = transformer.depth * point_tokens * transformer.num_heads
+    encoder = tokens * width * 10  # residual, queries, keys, values, and the MLP's inside
     kept = points * masks * low_px
     return Need(
         image=_FLOAT * (encoder + 6 * tokens * decoded + kept),
@@ -90,12 +95,12 @@ def points_together(sam: Sam, most: int, device: torch.device | str) -> int:
     if torch.device(device).type != "cpu":
         return most
     high, wide = sam.prompt_encoder.image_embedding_size
-    return min(most, points_at_once(device, high * wide))
+    return min(most, points_in_cache(high * wide))
 
 
 def needed_gib(sam: Sam, config: SamConfig, device: torch.device | str) -> float:
     """What one image takes, with as many of its points as go together, GiB."""
-    assert config.points_per_side is not None, "presets.resolve_label comes first"
+    assert config.points_per_side is not None, "presets.resolve_sam comes first"
     points = config.points_per_side**2
     each = need(sam, points)
     together = min(points, points_together(sam, config.points_per_batch, device))

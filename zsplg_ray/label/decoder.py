@@ -59,6 +59,9 @@ UPSCALE = 4
 POSITIONS = 64 * 64
 """Image positions of the published models."""
 
+GPU_UPSCALED = 64
+"""Points upscaled at a time on a GPU."""
+
 
 class Decoded(NamedTuple):
     """What `PointDecoder.decode` found."""
@@ -115,14 +118,13 @@ class Keys(NamedTuple):
     """Token values that the contents were made from, a layer each; the last channel is 1."""
 
 
-def points_at_once(device: torch.device | str, positions: int = POSITIONS) -> int:
-    """Points a call for which `PointDecoder.decode` is quick.
+def points_in_cache(positions: int = POSITIONS) -> int:
+    """Points a call for which `PointDecoder.decode` is quick on a CPU: all stays in its caches.
 
     Args:
-        device: Where the model is. On a CPU few, so that all stays in its caches.
         positions: Image positions of the encoder's features.
     """
-    return max(4, 4 * POSITIONS // positions) if torch.device(device).type == "cpu" else 64
+    return max(4, 4 * POSITIONS // positions)
 
 
 class PointDecoder:

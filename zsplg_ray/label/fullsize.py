@@ -6,15 +6,14 @@ every candidate is enlarged to 1024 x 1024, cut to the part that is image, resiz
 then counted. Here nothing is enlarged: see `kernels` for how, and for why the result is the same.
 
 Two routes. Logits on a CPU go through compiled kernels whose arithmetic is torch's own, operation
-by operation (`bilinear`). Logits anywhere else, or on a CPU where torch rounds in a way that is not
-known, go through `F.interpolate` twice, as many masks at a time as a budget of bytes allows: the
-official computation, so bit-identical on that device.
+by operation (`bilinear`). To be measured anywhere else, or on a CPU where torch rounds in an
+unknown way, they go through `F.interpolate` twice, as many masks at a time as a budget of bytes
+allows: the official computation, so bit-identical on that device. Runs are written on the host in
+any case, where the kernel needs a fraction of what moving and encoding full-size masks takes.
 
-How far the two agree with the official generator: exactly, if it runs on the same device with the
-same number of torch threads. Between devices, or between 1 and more threads, torch itself rounds
-differently, and a mask may differ where a logit is within rounding of a cut-off. Not the same, but
-of no use anyway: logits that are not finite where the model's square has the image's own size, and
-images wider than 32,767 pixels (there the official count overflows).
+How far the two agree with the official generator: exactly, if it runs on a CPU with the same number
+of torch threads. Between devices, or between 1 and more threads, torch itself rounds differently,
+and a mask may differ where a logit is within rounding of a cut-off.
 
 Shape suffixes: M masks, B threes of masks, H W pixels (low-resolution or full-size), P full-size
 lines (rows or columns), L low-resolution lines, I lines of the model's square.
@@ -100,10 +99,13 @@ class FullSize:
         self.low_hw, self.model_px = low_hw, model_px
         self.input_hw, self.size_hw = input_hw, size_hw
         self.by_torch, self.chunk_bytes = by_torch, chunk_bytes
-        ways = [self._axes(*way) for way in itertools.product((False, True), repeat=2)]
+        self._axes = {
+            way: tuple(_axis(low_hw[i], model_px, input_hw[i], size_hw[i], *way) for i in range(2))
+            for way in itertools.product((False, True), repeat=2)
+        }
         self.extent_hw = (
-            max(len(rows.wide_L) for rows, _ in ways),
-            max(len(columns.wide_L) for _, columns in ways),
+            max(len(rows.wide_L) for rows, _ in self._axes.values()),
+            max(len(columns.wide_L) for _, columns in self._axes.values()),
         )
 
     def measure(self, logit_MHW: Tensor, threshold: float, offset: float) -> Measured:
@@ -140,7 +142,7 @@ class FullSize:
         """COCO compressed counts of masks, laid into an image.
 
         Args:
-            logits: Of each mask the float32 logits in its window, all on one device.
+            logits: Of each mask the float32 logits in its window, on any device.
             windows_M4: int64 [M, 4], as `measure` gives them.
             threshold: As given to `measure`.
             image_hw: Of the image that the counts are for, pixels.
@@ -155,9 +157,9 @@ class FullSize:
             raise ValueError(complain("origin_xy", rule, origin_xy, "give the crop's own corner"))
         if not len(logits):
             return []
-        tensors = [torch.as_tensor(logit_HW).detach() for logit_HW in logits]
+        tensors = [torch.as_tensor(logit_HW).detach().cpu() for logit_HW in logits]
         _check_windows(tensors, windows_M4, self.extent_hw)
-        steps = self._steps(tensors[0].device)
+        steps = self._steps(torch.device("cpu"))
         if steps is None:
             return self._encode_by_torch(tensors, windows_M4, threshold, image_hw, origin_xy)
         encode = functools.partial(
@@ -178,21 +180,13 @@ class FullSize:
         second = torch_step(self.size_hw)
         return None if first is None or second is None else (first, second)
 
-    def _axes(self, *fused_index: bool) -> tuple[Axis, Axis]:
-        """Rows and columns, for the two steps' ways of computing positions."""
-        rows, columns = (
-            _axis(self.low_hw[i], self.model_px, self.input_hw[i], self.size_hw[i], *fused_index)
-            for i in range(2)
-        )
-        return rows, columns
-
     def _windows(self, box_M4: np.ndarray, empty_M: np.ndarray) -> np.ndarray:
         """The logits that the pixels of each box take from, int64 [M, 4].
 
         One more on each side, because how positions are rounded can move a pixel's taps by one
         (with a weight of next to nothing for the one that comes in).
         """
-        axes = self._axes(False, False)
+        axes = self._axes[False, False]
         window_M4 = np.empty_like(box_M4)
         for i, axis in enumerate(axes):
             first_M, last_M = box_M4[:, 1 - i], box_M4[:, 3 - i]
@@ -207,7 +201,7 @@ class FullSize:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Stability, boxes, and which masks are empty."""
         first, second = steps
-        axes = self._axes(first.fused_index, second.fused_index)
+        axes = self._axes[first.fused_index, second.fused_index]
         logit_MHW = logit_MHW.detach().contiguous()
         values_MHW, bits_MHW = logit_MHW.numpy(), logit_MHW.view(torch.int32).numpy()
         count_M2 = np.empty((len(logit_MHW), 2), np.int64)
@@ -246,7 +240,7 @@ class FullSize:
         origin_xy: tuple[int, int],
     ) -> bytes:
         first, second = steps
-        rows, columns = self._axes(first.fused_index, second.fused_index)
+        rows, columns = self._axes[first.fused_index, second.fused_index]
         y0, x0, y1, x1 = window
         top, bottom = _within(rows, y0, y1)
         left, right = _within(columns, x0, x1)
@@ -347,7 +341,7 @@ def _check_windows(
             raise ValueError(complain("logits", rule, got, "cut them out as measured"))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _axis(
     low: int, model: int, used: int, size: int, first_fused: bool, second_fused: bool
 ) -> Axis:

@@ -18,8 +18,8 @@ The margin is 1e-5 of the largest logit in magnitude. Both ways of computing a v
 convex combinations with fewer than 20 roundings, 1.2e-6, so it is safe by a wide factor. If there
 are infinities, the margin is infinite, and all that is not known for certain is computed exactly.
 
-All compiled functions are in this file, because numba's cache of a function is renewed when its own
-file changes, not when that of a function it calls does.
+Compiled functions that call each other are in one file, because numba's cache of a function is
+renewed when its own file changes, not when that of a function it calls does.
 
 Shape suffixes: M masks, H W low-resolution rows and columns, L low-resolution lines, I lines of the
 square that the model sees, P full-size lines. A line is a row or a column.

@@ -9,6 +9,7 @@ and so may a notebook.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -87,7 +88,7 @@ class OutOfMemory(RuntimeError):
 
 
 class Labeler:
-    """Segments and names one image at a time, and retries in smaller steps if memory runs out."""
+    """Segments and names images, and retries in smaller steps if memory runs out."""
 
     weights: dict[str, str] | None = None
     """SHA-256 of the weights of sam and clip, as `load` found them; None if parts are given."""
@@ -133,7 +134,7 @@ class Labeler:
         Raises:
             Exception: If the device is broken (`is_broken_device`): it will not do the others.
         """
-        found = self._propose_together(images) if len(images) > 1 else None
+        found = self._propose_together(images)
         results: list[Labelled | Exception] = []
         for image, segments in zip(images, found or [None] * len(images), strict=True):
             try:
@@ -141,18 +142,27 @@ class Labeler:
             except Exception as e:
                 if is_broken_device(e):
                     raise
+                traceback.clear_frames(e.__traceback__)  # they would keep the tensors alive
                 results.append(e)
         return results
 
     def _propose_together(self, images: Sequence[np.ndarray]) -> list[Segments] | None:
-        """Segments of all images, or None if that fails: then each is tried alone."""
-        try:
-            return self.proposer.propose_many(images)
-        except Exception as e:
-            if is_broken_device(e):
-                raise
-            log.warning("%d images together failed (%s); now one by one", len(images), e)
-        free_memory()
+        """Segments of all images; None where each is to be tried alone.
+
+        When memory runs out, fewer go together from then on.
+        """
+        while min(len(images), self.proposer.images_at_once) > 1:
+            try:
+                return self.proposer.propose_many(images)
+            except Exception as e:
+                if is_broken_device(e):
+                    raise
+                log.warning("%d images together failed: %s", len(images), e)
+                if not is_out_of_memory(e):
+                    return None
+                together = min(len(images), self.proposer.images_at_once)
+                self.proposer.images_at_once = together // 2
+            free_memory()
         return None
 
     def segment(self, image_HWC: np.ndarray, found: Segments | None = None) -> Segments:

@@ -113,7 +113,8 @@ def join_crops(crops: Sequence[Proposals], nms_thresh: float) -> Proposals:
 def unlike(box_xyxy: np.ndarray, score: np.ndarray, nms_thresh: float) -> np.ndarray:
     """Indices of the boxes that stay, best first (greedy non-maximal suppression).
 
-    The same call as SAM's, because how ties are ordered depends on the implementation.
+    The same call as SAM's, because how ties are ordered depends on the implementation; always on
+    the host, where boxes are by then.
 
     Args:
         box_xyxy: int64 [R, 4].

@@ -1,7 +1,8 @@
 """Image -> segments: SAM's automatic mask generation, the same masks many times faster.
 
 What enters: uint8 RGB images and a stock `Sam`. What leaves: `Segments` without embeddings, in the
-official generator's order, equal to its records (up to rounding of the logits, see the parts).
+official generator's order, equal to its records (up to rounding of the logits, see the parts; on a
+GPU torch itself rounds the official convolutions to TF32 unless it is told not to).
 
 A grid of points is laid over the image (and over crops of it), every point is a prompt, and of the
 three masks of each prompt those stay that SAM itself rates well, that are stable under another
@@ -23,6 +24,7 @@ Source: segment_anything's SamAutomaticMaskGenerator and SamPredictor (Apache-2.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,10 +39,11 @@ from segment_anything.utils.amg import (
 )
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
+from torchvision.transforms.functional import resize, to_pil_image
 
 from zsplg_ray.config import SamConfig
 from zsplg_ray.label.budget import images_at_once, memory_gib, points_together
-from zsplg_ray.label.decoder import Decoded, PointDecoder
+from zsplg_ray.label.decoder import PointDecoder
 from zsplg_ray.label.encoder import ImageEncoder
 from zsplg_ray.label.fullsize import FullSize
 from zsplg_ray.label.proposals import Proposals, join_crops, unlike
@@ -63,7 +66,6 @@ class MaskProposer:
         self.decoder = PointDecoder(sam)
         gib = memory_gib(sam, config, sam.device, share=gpu_share)
         self.images_at_once = images_at_once(sam, config, gib, sam.device)
-        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
         self.grids = build_all_layer_point_grids(
             self.rules.points_per_side,
             config.crop_n_layers,
@@ -113,63 +115,59 @@ class MaskProposer:
         crops = generate_crop_boxes(
             size_hw, self.config.crop_n_layers, self.config.crop_overlap_ratio
         )
-        for crop_xyxy, layer in zip(*crops, strict=True):
-            x0, y0, x1, y1 = crop_xyxy
-            pixels = self._resize.apply_image(image_HWC[y0:y1, x0:x1])
-            yield _View(index, size_hw, crop_xyxy, layer, pixels)
+        for (x0, y0, x1, y1), layer in zip(*crops, strict=True):
+            if x0 < x1 and y0 < y1:  # of a few pixels, crops are empty
+                pixels_HWC = image_HWC[y0:y1, x0:x1]
+                side = self.sam.image_encoder.img_size
+                input_hw = ResizeLongestSide.get_preprocess_shape(y1 - y0, x1 - x0, side)
+                input_hw = (max(1, input_hw[0]), max(1, input_hw[1]))
+                yield _View(index, size_hw, [x0, y0, x1, y1], layer, pixels_HWC, input_hw)
 
     def _search(self, views: Sequence[_View], points: int) -> list[Proposals]:
         """The masks of views of one layer, duplicates dropped."""
-        frames = [self._frame(view) for view in views]
+        low_hw = self.sam.prompt_encoder.mask_input_size
+        model_px = self.sam.image_encoder.img_size
+        frames = [FullSize(low_hw, model_px, view.input_hw, view.crop_hw) for view in views]
         rows, columns = np.max([frame.extent_hw for frame in frames], axis=0)
         feature_ICHW = self.encoder(torch.cat([self._input(view) for view in views]))
         side = self.decoder.prepare(feature_ICHW, (int(rows), int(columns)))
         grid_Q2 = self.grids[views[0].layer]
-        point_IQ2 = np.stack([grid_Q2 * view.crop_wh for view in views])
-        model_IQ2 = torch.from_numpy(
-            np.stack(
-                [
-                    self._resize.apply_coords(p, v.crop_wh[::-1])
-                    for p, v in zip(point_IQ2, views, strict=True)
-                ]
-            )
-        ).to(self.sam.device)
+        point_IQ2 = np.stack([grid_Q2 * view.crop_hw[::-1] for view in views])
+        scale_I12 = np.array([[np.divide(v.input_hw, v.crop_hw)[::-1]] for v in views])
+        model_IQ2 = torch.from_numpy(point_IQ2 * scale_I12).to(self.sam.device)
         found = [_Found() for _ in views]
         for start in range(0, len(grid_Q2), points):
             chunk = slice(start, start + points)
             decoded = self.decoder.decode(side, model_IQ2[:, chunk], self.rules.pred_iou_thresh)
-            for i, view in enumerate(views):
-                self._keep(view, frames[i], decoded, i, point_IQ2[i, chunk], found[i])
+            iou_IK = decoded.iou_IQ3.flatten(1).cpu().numpy()
+            index_M = decoded.index_M.cpu().numpy()
+            bounds = np.searchsorted(index_M, np.arange(len(views) + 1) * iou_IK.shape[1])
+            for i, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
+                mask_M = index_M[first:last] - i * iou_IK.shape[1]
+                point_M2 = point_IQ2[i, chunk][mask_M // decoded.iou_IQ3.shape[2]]
+                masks = (decoded.logit_MHW[first:last], iou_IK[i, mask_M], point_M2)
+                self._keep(views[i], frames[i], *masks, found[i])
+                del masks
+            del decoded  # or the logits of two chunks would be held
         return [self._finish(*each) for each in zip(views, frames, found, strict=True)]
 
     def _input(self, view: _View) -> Tensor:
         """One view as the encoder takes it, float32 [1, C, H, W]."""
-        pixels = torch.from_numpy(view.pixels).to(self.sam.device)
+        resized_HWC = np.array(resize(to_pil_image(view.pixels_HWC), list(view.input_hw)))
+        pixels = torch.from_numpy(resized_HWC).to(self.sam.device)
         return self.sam.preprocess(pixels.permute(2, 0, 1).contiguous()[None])
-
-    def _frame(self, view: _View) -> FullSize:
-        high, wide = self.sam.prompt_encoder.image_embedding_size
-        width, height = view.crop_wh
-        model_px = self.sam.image_encoder.img_size
-        return FullSize((4 * high, 4 * wide), model_px, view.pixels.shape[:2], (height, width))
 
     def _keep(
         self,
         view: _View,
         frame: FullSize,
-        decoded: Decoded,
-        i: int,
-        point_Q2: np.ndarray,
+        logit_MHW: Tensor,
+        iou_M: np.ndarray,
+        point_M2: np.ndarray,
         found: _Found,
     ) -> None:
-        """Add to `found` the decoded masks of view `i` that pass all filters."""
+        """Add to `found` the masks of one view that pass all filters."""
         rules = self.rules
-        per_view = decoded.iou_IQ3[0].numel()
-        mine = torch.nonzero(decoded.index_M // per_view == i).flatten()
-        if not len(mine):
-            return
-        first, last = int(mine[0]), int(mine[-1]) + 1
-        logit_MHW, index_M = decoded.logit_MHW[first:last], decoded.index_M[first:last]
         measured = frame.measure(logit_MHW, self.sam.mask_threshold, rules.stability_score_offset)
         height, width = view.size_hw
         box_M4 = torch.as_tensor(measured.box_M4)
@@ -177,17 +175,19 @@ class MaskProposer:
         if rules.stability_score_thresh > 0:
             passed_M &= measured.stability_M >= rules.stability_score_thresh
         keep = np.flatnonzero(passed_M)
-        for m in keep:
-            y0, x0, y1, x1 = measured.window_M4[m]
-            found.logits.append(logit_MHW[m, y0:y1, x0:x1].clone())
-        iou_M = decoded.iou_IQ3.flatten()[index_M].cpu().numpy()
-        point_M = index_M.cpu().numpy() % per_view // decoded.iou_IQ3.shape[2]
+        if logit_MHW.is_cuda:  # one copy of all, since launches cost more there than memory
+            kept_MHW = logit_MHW[torch.from_numpy(keep).to(logit_MHW.device)]
+        else:
+            kept_MHW = [logit_MHW[m] for m in keep]
+        for logit_HW, (y0, x0, y1, x1) in zip(kept_MHW, measured.window_M4[keep], strict=True):
+            window_HW = logit_HW[y0:y1, x0:x1]
+            found.logits.append(window_HW if logit_HW.is_cuda else window_HW.clone())
         found.add(
             window_M4=measured.window_M4[keep],
             box_M4=measured.box_M4[keep],
             stability_M=measured.stability_M[keep],
             iou_M=iou_M[keep],
-            point_M2=point_Q2[point_M[keep]],
+            point_M2=point_M2[keep],
         )
 
     def _finish(self, view: _View, frame: FullSize, found: _Found) -> Proposals:
@@ -240,13 +240,14 @@ class _View:
     """Of the whole image."""
     crop_xyxy: list[int]
     layer: int
-    pixels: np.ndarray
-    """uint8 [H, W, C], resized so that the longest side is the model's."""
+    pixels_HWC: np.ndarray
+    """uint8, of the crop."""
+    input_hw: tuple[int, int]
+    """To what it is resized, so that the longest side is the model's."""
 
     @property
-    def crop_wh(self) -> tuple[int, int]:
-        x0, y0, x1, y1 = self.crop_xyxy
-        return x1 - x0, y1 - y0
+    def crop_hw(self) -> tuple[int, int]:
+        return self.pixels_HWC.shape[0], self.pixels_HWC.shape[1]
 
 
 @dataclass

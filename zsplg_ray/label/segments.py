@@ -1,6 +1,6 @@
 """The record of one image's segments: their masks as RLE and the numbers that thresholds act on.
 
-What enters: dense masks, SAM's own records, or rows of the `segments` Parquet. What leaves: one
+What enters: dense masks, their RLE, or rows of the `segments` Parquet. What leaves: one
 checked `Segments`, which goes through embedding, composing, tuning and storage unchanged.
 
 Why RLE is the form that travels: the masks of one image are tens of MiB dense and tens of KiB as
@@ -17,6 +17,7 @@ by pycocotools (BSD).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,26 +94,6 @@ class Segments:
         height, width = masks_RHW.shape[1:]
         rle = [encode_mask(mask_HW) for mask_HW in masks_RHW]
         return cls.measured((height, width), rle, predicted_iou, stability)
-
-    @classmethod
-    def from_sam(cls, records: Sequence[Mapping[str, Any]], size_hw: tuple[int, int]) -> Segments:
-        """Build from what `SamAutomaticMaskGenerator.generate` returns.
-
-        SAM's own `bbox` is not used: its width and height are one pixel short.
-
-        Args:
-            records: made in output_mode "coco_rle" or "binary_mask", in SAM's order, which is kept.
-            size_hw: height and width of the image, needed where there is no record.
-
-        Raises:
-            ValueError: a mask of another size or of an unknown kind.
-        """
-        return cls.measured(
-            size_hw,
-            [_rle_of_record(record["segmentation"], size_hw) for record in records],
-            [record["predicted_iou"] for record in records],
-            [record["stability_score"] for record in records],
-        )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], size_hw: tuple[int, int]) -> Segments:
@@ -291,13 +272,18 @@ def _measure_all(rle: Sequence[bytes], size_hw: tuple[int, int]) -> tuple[np.nda
     box_xyxy = np.zeros((len(rle), 4), np.int32)
     area_px = np.zeros(len(rle), np.int64)
     for r, counts in enumerate(rle):
-        box_xyxy[r], area_px[r] = _measure(rle_runs(counts, size_hw[0] * size_hw[1]), size_hw[0])
+        box_xyxy[r], area_px[r] = _measure(counts, *size_hw)
     return box_xyxy, area_px
 
 
-def _measure(run_N: np.ndarray, height: int) -> tuple[tuple[int, int, int, int], int]:
-    """Box and area of one mask; runs go down the columns."""
-    start, end = _foreground(run_N)
+@functools.lru_cache(4096)
+def _measure(rle: bytes, height: int, width: int) -> tuple[tuple[int, int, int, int], int]:
+    """Box and area of one mask; runs go down the columns.
+
+    Remembered, because a record is checked again whenever it is copied with something added. The
+    bytes decide the result, so a remembered one is as strict; some images' masks are kept.
+    """
+    start, end = _foreground(rle_runs(rle, height * width))
     if not end.size:
         return (0, 0, 0, 0), 0
     x0, x1 = int(start[0]) // height, (int(end[-1]) - 1) // height + 1
@@ -312,19 +298,6 @@ def _foreground(run_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     end = np.cumsum(run_N)[1::2]
     start = end - run_N[1::2]
     return start[end > start], end[end > start]
-
-
-def _rle_of_record(segmentation: object, size_hw: tuple[int, int]) -> bytes:
-    """Compressed counts of one of SAM's masks, whichever way it was written."""
-    if isinstance(segmentation, np.ndarray) and segmentation.shape == tuple(size_hw):
-        return encode_mask(segmentation)
-    if isinstance(segmentation, Mapping) and list(segmentation["size"]) == list(size_hw):
-        counts = segmentation["counts"]
-        if isinstance(counts, bytes | str):
-            return counts.encode("ascii") if isinstance(counts, str) else counts
-    got = getattr(segmentation, "shape", segmentation)
-    rule = f"a mask or COCO RLE of {size_hw[0]} x {size_hw[1]} pixels"
-    raise ValueError(complain("segmentation", rule, repr(got)[:80], "use output_mode='coco_rle'"))
 
 
 def encode_mask(mask_HW: np.ndarray) -> bytes:

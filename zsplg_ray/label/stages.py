@@ -422,9 +422,9 @@ def clip(scene: Scene) -> Iterator[Pair]:
 
 def throughput(scene: Scene) -> Iterator[Pair]:
     """Images one by one and as many together as memory takes; masks are fed, see `whole`."""
+    most = MaskProposer(scene.model, scene.config()).images_at_once
     for precision in ("float32", "bfloat16"):
         config = scene.config(precision=precision)
-        most = MaskProposer(scene.model, config).images_at_once
         for n in sorted({1, most}):
             proposer = MaskProposer(scene.model, config)
             proposer.images_at_once = n
