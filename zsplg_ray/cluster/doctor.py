@@ -73,7 +73,8 @@ def _packages(config: DoctorConfig) -> Finding:
 def _machine(config: DoctorConfig) -> Finding:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     told = f"{os.cpu_count()} CPUs, {memory:.0f} GiB of memory"
-    need = {"vit_h": 12, "vit_l": 8, "vit_b": 6, "shapes": 2}[config.sam.model]
+    # Twice SAM's weights while they are read; CLIP and the rest.
+    need = {"vit_h": 7, "vit_l": 5, "vit_b": 3, "shapes": 2}[config.sam.model]
     if memory < need:
         fix = f"{config.sam.model} wants about {need} GiB; choose a smaller --sam"
         return _finding("warn", told, fix)
