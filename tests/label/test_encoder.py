@@ -203,10 +203,10 @@ def test_float32_copies_no_matrix():
         assert all(t.untyped_storage().data_ptr() in own for p in pairs for t in p if t is not None)
 
 
-def test_two_blocks_of_vit_b():
-    """The real width, grid and window: sums are long and rounding adds up."""
-    vit = random_vit(
-        img_size=448,
+def two_blocks_of_vit_b(img_size: int):
+    """The real width and window."""
+    return random_vit(
+        img_size=img_size,
         patch_size=16,
         embed_dim=768,
         depth=2,
@@ -215,6 +215,11 @@ def test_two_blocks_of_vit_b():
         out_chans=256,
         window_size=14,
     )
+
+
+def test_two_blocks_of_vit_b():
+    """The real width, grid and window: sums are long and rounding adds up."""
+    vit = two_blocks_of_vit_b(448)
     image = random_image(vit)
     assert relative(ImageEncoder(vit)(image), official(vit, image)) < 1e-6
 
@@ -222,16 +227,7 @@ def test_two_blocks_of_vit_b():
 @pytest.mark.slow
 def test_full_grid_of_vit_b():
     """64 x 64 tokens, padded windows of 14, and scores too large for one chunk."""
-    vit = random_vit(
-        img_size=1024,
-        patch_size=16,
-        embed_dim=768,
-        depth=2,
-        num_heads=12,
-        mlp_ratio=4.0,
-        out_chans=256,
-        window_size=14,
-    )
+    vit = two_blocks_of_vit_b(1024)
     image = random_image(vit)
     expected = official(vit, image)
     assert relative(ImageEncoder(vit)(image), expected) < 1e-6

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class MaskProposer:
         point_IQ2 = np.stack([grid_Q2 * view.crop_hw[::-1] for view in views])
         scale_I12 = np.array([[np.divide(v.input_hw, v.crop_hw)[::-1]] for v in views])
         model_IQ2 = torch.from_numpy(point_IQ2 * scale_I12).to(self.sam.device)
-        found = [_Found() for _ in views]
+        kept: list[list[_Kept]] = [[] for _ in views]
         for start in range(0, len(grid_Q2), points):
             chunk = slice(start, start + points)
             decoded = self.decoder.decode(side, model_IQ2[:, chunk], self.rules.pred_iou_thresh)
@@ -145,11 +145,17 @@ class MaskProposer:
             for i, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
                 mask_M = index_M[first:last] - i * iou_IK.shape[1]
                 point_M2 = point_IQ2[i, chunk][mask_M // decoded.iou_IQ3.shape[2]]
-                masks = (decoded.logit_MHW[first:last], iou_IK[i, mask_M], point_M2)
-                self._keep(views[i], frames[i], *masks, found[i])
-                del masks
+                kept[i].append(
+                    self._keep(
+                        views[i],
+                        frames[i],
+                        decoded.logit_MHW[first:last],
+                        iou_IK[i, mask_M],
+                        point_M2,
+                    )
+                )
             del decoded  # or the logits of two chunks would be held
-        return [self._finish(*each) for each in zip(views, frames, found, strict=True)]
+        return [self._finish(*each) for each in zip(views, frames, kept, strict=True)]
 
     def _input(self, view: _View) -> Tensor:
         """One view as the encoder takes it, float32 [1, C, H, W]."""
@@ -164,9 +170,8 @@ class MaskProposer:
         logit_MHW: Tensor,
         iou_M: np.ndarray,
         point_M2: np.ndarray,
-        found: _Found,
-    ) -> None:
-        """Add to `found` the masks of one view that pass all filters."""
+    ) -> _Kept:
+        """The masks of one view that pass all filters."""
         rules = self.rules
         measured = frame.measure(logit_MHW, self.sam.mask_threshold, rules.stability_score_offset)
         height, width = view.size_hw
@@ -175,29 +180,32 @@ class MaskProposer:
         if rules.stability_score_thresh > 0:
             passed_M &= measured.stability_M >= rules.stability_score_thresh
         keep = np.flatnonzero(passed_M)
+        windows = measured.window_M4[keep].tolist()
         if logit_MHW.is_cuda:  # one copy of all, since launches cost more there than memory
             kept_MHW = logit_MHW[torch.from_numpy(keep).to(logit_MHW.device)]
+            logits = [kept_MHW[i, y0:y1, x0:x1] for i, (y0, x0, y1, x1) in enumerate(windows)]
         else:
-            kept_MHW = [logit_MHW[m] for m in keep]
-        for logit_HW, (y0, x0, y1, x1) in zip(kept_MHW, measured.window_M4[keep], strict=True):
-            window_HW = logit_HW[y0:y1, x0:x1]
-            found.logits.append(window_HW if logit_HW.is_cuda else window_HW.clone())
-        found.add(
-            window_M4=measured.window_M4[keep],
-            box_M4=measured.box_M4[keep],
-            stability_M=measured.stability_M[keep],
-            iou_M=iou_M[keep],
-            point_M2=point_M2[keep],
+            pairs = zip(keep, windows, strict=True)
+            logits = [logit_MHW[m, y0:y1, x0:x1].clone() for m, (y0, x0, y1, x1) in pairs]
+        return _Kept(
+            logits,
+            measured.window_M4[keep],
+            measured.box_M4[keep],
+            measured.stability_M[keep],
+            iou_M[keep],
+            point_M2[keep],
         )
 
-    def _finish(self, view: _View, frame: FullSize, found: _Found) -> Proposals:
+    def _finish(self, view: _View, frame: FullSize, chunks: Sequence[_Kept]) -> Proposals:
         """Drop duplicates; RLE, boxes and points of the rest in the frame of the image."""
-        box_M4, iou_M = found.join("box_M4", (0, 4), np.int64), found.join("iou_M", 0, np.float32)
-        window_M4 = found.join("window_M4", (0, 4), np.int64)
+        logits = [logit_HW for chunk in chunks for logit_HW in chunk.logits]
+        window_M4, box_M4, stability_M, iou_M, point_M2 = (
+            np.concatenate(column) for column in zip(*(chunk[1:] for chunk in chunks), strict=True)
+        )
         keep = unlike(box_M4, iou_M, self.rules.box_nms_thresh)
         x0, y0 = view.crop_xyxy[:2]
         rle = frame.encode(
-            [found.logits[m] for m in keep],
+            [logits[m] for m in keep],
             window_M4[keep],
             self.sam.mask_threshold,
             image_hw=view.size_hw,
@@ -208,8 +216,8 @@ class MaskProposer:
             rle=rle,
             box_xyxy=box_M4[keep] + np.array([x0, y0, x0, y0]),
             predicted_iou=iou_M[keep],
-            stability=found.join("stability_M", 0, np.float32)[keep],
-            point_xy=found.join("point_M2", (0, 2), np.float64)[keep] + np.array([x0, y0]),
+            stability=stability_M[keep],
+            point_xy=point_M2[keep] + np.array([x0, y0]),
             crop_xyxy=np.tile(np.array(view.crop_xyxy, np.int64), (len(keep), 1)),
         )
 
@@ -250,20 +258,16 @@ class _View:
         return self.pixels_HWC.shape[0], self.pixels_HWC.shape[1]
 
 
-@dataclass
-class _Found:
-    """Candidates of one view that have passed all filters, in the order of their points."""
+class _Kept(NamedTuple):
+    """Masks of one view that have passed all filters, in the order of their points."""
 
-    logits: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor]
     """Each the window of a mask's low-resolution logits."""
-    parts: dict[str, list[np.ndarray]] = field(default_factory=dict)
-
-    def add(self, **columns: np.ndarray) -> None:
-        for name, column in columns.items():
-            self.parts.setdefault(name, []).append(column)
-
-    def join(self, name: str, empty: Any, dtype: type) -> np.ndarray:
-        return np.concatenate([np.empty(empty, dtype), *self.parts.get(name, [])])
+    window_M4: np.ndarray
+    box_M4: np.ndarray
+    stability_M: np.ndarray
+    iou_M: np.ndarray
+    point_M2: np.ndarray
 
 
 def _groups(views: list[_View], most: int) -> Iterator[list[_View]]:

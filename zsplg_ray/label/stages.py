@@ -331,7 +331,7 @@ def _fed(scene: Scene, pair: Pair) -> Pair:
         with taped(scene):
             return pair.ours()
 
-    return Pair(pair.stage, official, ours, pair.same)
+    return dataclasses.replace(pair, official=official, ours=ours)
 
 
 def records(scene: Scene) -> Iterator[Pair]:
@@ -429,14 +429,9 @@ def throughput(scene: Scene) -> Iterator[Pair]:
             proposer = MaskProposer(scene.model, config)
             proposer.images_at_once = n
             proposer.decoder = HandOut(scene, proposer.decoder)  # type: ignore[assignment]
-            images = [scene.image_HWC] * n
-            one = _fed(scene, _images("", scene, official_generator(scene.model, config), proposer))
-
-            def ours(proposer: MaskProposer = proposer, images: Any = images) -> Any:
-                with taped(scene):
-                    return proposer.proposals(images)[0]
-
-            yield Pair(f"{n} images at once, {precision}", one.official, ours, one.same, images=n)
+            generator = official_generator(scene.model, config)
+            stage = f"{n} images at once, {precision}"
+            yield _fed(scene, _images(stage, scene, generator, proposer, n))
 
 
 def official_tflop(scene: Scene) -> float:
@@ -464,12 +459,16 @@ def one_image(scene: Scene) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return pair.official, pair.ours
 
 
-def _images(stage: str, scene: Scene, generator: Any, proposer: MaskProposer) -> Pair:
+def _images(
+    stage: str, scene: Scene, generator: Any, proposer: MaskProposer, images: int = 1
+) -> Pair:
+    """The scene's image officially, against ours with it so many times together."""
     return Pair(
         stage,
         lambda: official_proposals(generator, scene.image_HWC),
-        lambda: proposer.proposals([scene.image_HWC])[0],
+        lambda: proposer.proposals([scene.image_HWC] * images)[0],
         lambda theirs, ours: told(agreement(ours, theirs)),
+        images,
     )
 
 
