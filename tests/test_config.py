@@ -117,11 +117,13 @@ def test_ranges_hold_at_their_ends_and_not_beyond(cls, name, hint):
     step = 1 if whole else 1e-6
     cast = int if whole else float
 
-    def set_to(value):
-        return from_mapping(cls, {**example(cls), name: cast(value)})
+    pairs = {"max": {"min": 1}, "max_scale": {"min_scale": low}, "min_scale": {"max_scale": high}}
+    others = {**example(cls), **pairs.get(name, {})}
 
-    other = {"max": {"min": 1}}.get(name, {})
-    assert getattr(from_mapping(cls, {**example(cls), **other, name: cast(low)}), name) == low
+    def set_to(value):
+        return from_mapping(cls, {**others, name: cast(value)})
+
+    assert getattr(set_to(low), name) == low
     with pytest.raises(ValueError, match=rf"^{re.escape(cls.PREFIX + name)} must be "):
         set_to(low - step)
     if high != float("inf"):

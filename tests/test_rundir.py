@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
 from zsplg_ray.records import ERRORS, LABELS, encode_png, segments_schema
-from zsplg_ray.rundir import KINDS, RunFolder, part_name
+from zsplg_ray.rundir import KINDS, RunFolder, made_by, part_name
 
 SCHEMAS = {"segments": segments_schema(4), "labels": LABELS, "errors": ERRORS}
 META = {"fingerprint": "f", "classes": {"names": ["background", "chât"]}}
@@ -165,6 +165,37 @@ def test_whatever_was_killed_every_image_stands_once_after_repair(wreck):
         check_repair(RunFolder(f"{place}/run"), wreck)
 
 
+@given(
+    parts=st.lists(st.tuples(IDS, st.none() | SHARES), max_size=4, unique_by=lambda p: tuple(p[0])),
+    errors=st.lists(IDS, max_size=2, unique_by=tuple),
+)
+@settings(max_examples=40, deadline=None)
+def test_of_predictions_the_labels_are_the_commit(parts, errors):
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(f"{place}/run")
+        check_predictions(folder, parts, errors)
+
+
+def check_predictions(folder, parts, errors):
+    for ids, torn in parts:
+        name = put(folder, "labels", ids)
+        if torn is not None:
+            tear(folder, "labels", name, torn)
+    for ids in errors:
+        put(folder, "errors", ids)
+    found = folder.repair("predict")
+    done = {i for ids, torn in parts if torn is None for i in ids}
+    failed = {i for ids in errors for i in ids} - done
+    assert sorted(ids_in(folder, "labels")) == sorted(done) == sorted(found.done)
+    assert sorted(ids_in(folder, "errors")) == sorted(failed) == sorted(found.failed)
+    assert found.unlabelled == []
+    kept = {kind: folder.parts(kind) for kind in KINDS}
+    assert all(folder.part_meta(k, name) == META for k in KINDS for name in kept[k])
+    before = contents(folder)
+    folder.repair("predict")
+    assert contents(folder) == before
+
+
 def test_repair_of_an_empty_folder_writes_nothing(tmp_path):
     found = RunFolder(str(tmp_path / "run")).repair()
     assert (found.done, found.failed, found.unlabelled) == (set(), set(), [])
@@ -268,6 +299,10 @@ def test_run_json_comes_back_and_is_for_people_too(tmp_path):
     folder.write_run(run)
     assert folder.read_run() == run
     assert "ü" in (tmp_path / "run.json").read_text(encoding="utf-8")
+    assert made_by(run) == "label" and made_by({**run, "verb": "predict"}) == "predict"
+    folder.write_run({**run, "verb": "predict"})
+    with pytest.raises(ValueError, match=r"run must be a run with segments, .* `zsplg predict`;"):
+        folder.label_settings()
     (tmp_path / "run.json").write_text("[1")
     with pytest.raises(ValueError, match=r"run\.json must be valid JSON, got .*; restore it"):
         folder.read_run()
@@ -387,6 +422,7 @@ def test_repair_of_every_kind_of_wreck(tmp_path):
 def test_a_run_on_an_object_store(bucket):
     folder = RunFolder(bucket.format("one"))
     assert not folder.local
+    check_predictions(RunFolder(bucket.format("two")), [(["a", "b"], None), (["b"], None)], [["a"]])
     assert folder.read_run() is None and folder.parts("labels") == []
     assert folder.repair().done == set()
     check_repair(pickle.loads(pickle.dumps(folder)), WRECK)

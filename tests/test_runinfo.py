@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from zsplg_ray.config import LabelConfig, RelabelConfig
+from zsplg_ray.config import LabelConfig, PredictConfig, RelabelConfig
 from zsplg_ray.label.presets import resolve_label, resolve_text
 from zsplg_ray.rundir import RunFolder, part_name
 from zsplg_ray.runinfo import (
     ADDED_LATER,
+    describe_prediction,
     describe_run,
     label_settings,
     part_meta,
@@ -256,3 +257,75 @@ def test_label_settings_are_those_that_relabel_starts_from(folder):
     assert {k: v for k, v in flatten(made).items() if k in settings} == settings
     with pytest.raises(ValueError, match=r"run must be a run's folder .* got none"):
         RunFolder("none").label_settings()
+
+
+# Predictions -------------------------------------------------------------------------------------
+
+ZEROSHOT = {"uri": "z", "labels_fingerprint": "0f"}
+
+
+def predicted(sha="5a3", classes="cat,dog", zeroshot=None, **changes) -> dict[str, Any]:
+    values = {"images": "i", "model": "m", "out": "o"}
+    given = {k.replace("__", "."): v for k, v in changes.items()}
+    config = from_mapping(PredictConfig, values | given)
+    return describe_prediction(config, config, class_list(classes), {"model": sha}, zeroshot)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sha": "new"}, "weights of the model must be 5a3 as in DIR, got new;"),
+        ({"conf_thresh": 0.5}, "conf_thresh must be 0.0 as in DIR, got 0.5;"),
+        ({"max_side_px": 64}, "max_side_px must be 2048 as in DIR, got 64;"),
+        ({"precision": "bfloat16"}, "precision must be float32 as in DIR, got bfloat16;"),
+        ({"zeroshot": None}, "labels of fuse must be 0f as in DIR, got None;"),
+        ({"zeroshot": {**ZEROSHOT, "labels_fingerprint": "1"}}, "labels of fuse must be 0f as"),
+        ({"fusion__rule": "agree"}, "fusion.rule must be model_else_zeroshot as in DIR, got agree"),
+        ({"classes": "cat,cow"}, "classes must be ['background', 'cat', 'dog'] as in DIR, got"),
+    ],
+)
+def test_predictions_of_another_kind_are_refused(tmp_path, changes, told):
+    folder = RunFolder(str(tmp_path))
+    folder.write_run(predicted(zeroshot=ZEROSHOT))
+    with pytest.raises(ValueError, match="^" + re.escape(told.replace("DIR", folder.uri))):
+        refuse_other_run(folder, predicted(**{"zeroshot": ZEROSHOT, **changes}))
+    assert prints(predicted(**{"zeroshot": ZEROSHOT, **changes})) != prints(
+        predicted(zeroshot=ZEROSHOT)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"actors__in_flight": 3},
+        {"device": "cpu"},
+        {"images": "more"},
+        {"model": "the same, elsewhere"},
+        {"fusion__rule": "agree"},
+        {"max_pixels": 5},
+    ],
+    ids=str,
+)
+def test_what_changes_no_prediction_is_free(tmp_path, changes):
+    RunFolder(str(tmp_path)).write_run(predicted())
+    refuse_other_run(RunFolder(str(tmp_path)), predicted(**changes))
+    assert prints(predicted(**changes)) == prints(predicted())
+
+
+def test_labels_and_predictions_do_not_go_into_one_folder(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"^out must be a folder of `zsplg predict`, got one of `"):
+        refuse_other_run(folder, predicted())
+    other = RunFolder(str(tmp_path / "predicted"))
+    other.write_run(predicted())
+    with pytest.raises(ValueError, match=r"^out must be a folder of `zsplg label`, got one of `"):
+        refuse_other_run(other, describe())
+
+
+def test_without_run_json_the_parts_decide(tmp_path):
+    run, labels = predicted(), pa.table({"image_id": ["a"]})
+    folder = RunFolder(str(tmp_path))
+    folder.write_part("labels", part_name("a"), labels, part_meta(run))
+    refuse_other_run(folder, run)
+    for other in (predicted(conf_thresh=0.5), describe()):
+        with pytest.raises(ValueError, match=r"^out must be a folder of labels with fingerprint"):
+            refuse_other_run(folder, other)

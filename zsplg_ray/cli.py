@@ -77,8 +77,26 @@ def _tell(run: Mapping[str, Any], folder: str, as_json: bool) -> None:
         print(f"first images and their labels: {folder}/{preview}")
 
 
+def train(given: config.TrainConfig) -> int:
+    """Train a model; see config.TrainConfig."""
+    from zsplg_ray.cluster.train import summary
+    from zsplg_ray.cluster.train import train as run_train
+
+    run = run_train(given)
+    print(json.dumps(run) if given.json else summary(run, given.out))
+    return 0
+
+
+def predict(given: config.PredictConfig) -> int:
+    """Label images with a trained model; see config.PredictConfig."""
+    from zsplg_ray.cluster.predict import predict as run_predict
+
+    _tell(run_predict(given), given.out, given.json)
+    return 0
+
+
 def evaluate(given: config.EvaluateConfig) -> int:
-    """Compare labels with ground truth; see config.EvaluateConfig."""
+    """Compare labels, or a model's predictions, with ground truth; see config.EvaluateConfig."""
     from zsplg_ray.views.evaluate import evaluate as run_evaluate
     from zsplg_ray.views.evaluate import table
 
@@ -116,7 +134,9 @@ def doctor(given: config.DoctorConfig) -> int:
 VERBS: dict[str, tuple[type[Section], Callable[[Any], int], str]] = {
     "label": (config.LabelConfig, label, "images -> segments/ and labels/"),
     "relabel": (config.RelabelConfig, relabel, "segments/ -> labels/ again, no SAM, no GPU"),
-    "evaluate": (config.EvaluateConfig, evaluate, "labels or PNG masks against ground truth"),
+    "train": (config.TrainConfig, train, "few labelled, many unlabelled images -> a model"),
+    "predict": (config.PredictConfig, predict, "a model over images -> labels/"),
+    "evaluate": (config.EvaluateConfig, evaluate, "labels, PNG masks or a model against truth"),
     "shapes": (config.ShapesConfig, shapes, "scenes of the embedded world, VOC layout"),
     "demo": (config.DemoConfig, demo, "the whole pipeline on the embedded world"),
     "doctor": (config.DoctorConfig, doctor, "machine, GPUs, weights, Ray, storage"),
@@ -125,6 +145,8 @@ VERBS: dict[str, tuple[type[Section], Callable[[Any], int], str]] = {
 EXAMPLES = {
     "label": "zsplg label --images photos/ --classes 'dog,cat' --out run/ --sam vit_b",
     "relabel": "zsplg relabel --run run/ --compose.min-similarity 0.25",
+    "train": "zsplg train --labeled VOC2012/ --unlabeled photos/ --zeroshot run/ --out model/",
+    "predict": "zsplg predict --model model/ --images photos/ --out predicted/",
     "evaluate": "zsplg evaluate run/ --truth masks/",
     "shapes": "zsplg shapes --n 100 --seed 0 --out scenes/",
     "demo": "zsplg demo --out zsplg_demo/",
@@ -142,12 +164,13 @@ def parse(cls: type[S], argv: Sequence[str], verb: str) -> S:
     if {"-h", "--help"} & set(argv):
         about = inspect.cleandoc(cls.__doc__ or "")
         about += f"\n\nExample: {EXAMPLES.get(verb, '')}\n\nAny setting may also stand in a YAML "
-        about += "file given as --config FILE.yaml; a flag wins over the file."
+        about += "file given as --config FILE.yaml, beside those of other verbs; a flag wins over "
+        about += "the file."
         tyro.cli(cls, prog=f"zsplg {verb}", description=about, args=["--help"])
     argv, file = _take_config(list(argv))
     flags = flag_names(cls)
     given = {flags[name] for name in _flags(argv, flags)}
-    in_file = nest(read_yaml(file)) if file is not None else {}
+    in_file = _own_part(cls, nest(read_yaml(file))) if file is not None else {}
     values = _merge(nest(_stored_settings(cls, argv, in_file)), in_file)
     for name in required(cls):
         if name in given or is_positional(setting_types(cls)[name]):
@@ -158,6 +181,13 @@ def parse(cls: type[S], argv: Sequence[str], verb: str) -> S:
             fix = f"see zsplg {verb} --help"
             raise ValueError(complain(name, "given", "nothing", fix))
     return made
+
+
+def _own_part(cls: type, in_file: dict[str, Any]) -> dict[str, Any]:
+    """A file without what only other verbs know: one recipe may serve all of them."""
+    others = {name for other, _, _ in VERBS.values() for name in setting_types(other)}
+    theirs = others - setting_types(cls).keys()
+    return {key: value for key, value in in_file.items() if key not in theirs}
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -270,7 +300,7 @@ def usage() -> str:
     lines = [f"  {name:<9} {about}" for name, (_, _, about) in VERBS.items()]
     return "\n".join(
         [
-            f"zsplg {__version__}: unlabelled images + class names -> semantic segmentation labels",
+            f"zsplg {__version__}: unlabelled images + class names -> a segmentation model",
             "",
             "usage: zsplg VERB [--config FILE.yaml] [--section.setting VALUE ...]",
             "",

@@ -1,7 +1,8 @@
 """`zsplg demo`: the whole pipeline on scenes of the embedded world, for a first look.
 
-What enters: nothing (the scenes are made, the tiny SAM and CLIP come with the package). What
-leaves: a folder with scenes, a run for each embedder, and pictures; and a table of scores.
+What enters: nothing (the scenes are made; the tiny SAM, the tiny CLIP and a small pretrained
+backbone come with the package). What leaves: a folder with scenes, runs, models and pictures; and
+tables of scores: of the zero-shot labels, then of two students on scenes that neither has seen.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
+from zsplg_ray.cluster.ablation import few_labelled, write_splits
 from zsplg_ray.cluster.label import label
 from zsplg_ray.cluster.session import ray_session
-from zsplg_ray.config import DemoConfig, EvaluateConfig, LabelConfig
+from zsplg_ray.cluster.train import train
+from zsplg_ray.config import DemoConfig, EvaluateConfig, LabelConfig, TrainConfig
 from zsplg_ray.masks import open_truth
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import from_mapping
+from zsplg_ray.shapes.recipe import TRAIN_SETTINGS
 from zsplg_ray.shapes.scenes import write_voc
 from zsplg_ray.views.evaluate import evaluate, table
 from zsplg_ray.views.pictures import run_sheet
@@ -23,15 +28,20 @@ from zsplg_ray.vocab import class_list
 
 log = logging.getLogger(__name__)
 
+UNSEEN_SEED = 5_000
+"""First of the scenes by which the students are judged."""
+
+STUDENTS = {
+    "unimatch": "UniMatch, which knows nothing of the zero-shot labels",
+    "fused": "UniMatch with the zero-shot labels in its targets",
+}
+
 
 def demo(config: DemoConfig) -> str:
-    """Make scenes, label them, compare with the truth; returns what to print."""
+    """Make scenes, label them, train two students, compare; returns what to print."""
     began = time.monotonic()
     out = Path(config.out)
-    scenes = out / f"scenes_{config.n}"
-    if not (scenes / "ImageSets" / "Segmentation" / "val.txt").exists():  # written last
-        log.info("making %d scenes with masks in %s", config.n, scenes)
-        write_voc(scenes, config.n, seed=0)
+    scenes = _scenes(out / f"scenes_{config.n}", config.n, 0)
     embedders = ("crop", "gem") if config.embedder == "both" else (config.embedder,)
     lines = []
     with ray_session(config.ray):
@@ -42,8 +52,17 @@ def demo(config: DemoConfig) -> str:
             settings |= {"sam.model": "shapes", "clip.model": "shapes", "clip.embedder": embedder}
             label(from_mapping(LabelConfig, settings))
             lines.append(_scores(run, scenes, embedder))
+        if config.epochs:
+            lines.append(_students(out, scenes, out / f"{embedders[0]}_{config.n}", config))
     lines.append(f"all in {time.monotonic() - began:.0f} s")
     return "\n\n".join(lines)
+
+
+def _scenes(folder: Path, n: int, seed: int) -> Path:
+    if not (folder / "ImageSets" / "Segmentation" / "val.txt").exists():  # written last
+        log.info("making %d scenes with masks in %s", n, folder)
+        write_voc(folder, n, seed)
+    return folder
 
 
 def _scores(run: Path, scenes: Path, embedder: str) -> str:
@@ -53,3 +72,26 @@ def _scores(run: Path, scenes: Path, embedder: str) -> str:
     sheet.write_bytes(picture or b"")
     told = f"{embedder}: zero-shot labels against the truth\n\n{table(result)}"
     return f"{told}\npictures (image, labels, truth): {sheet}"
+
+
+def _students(out: Path, scenes: Path, labels: Path, config: DemoConfig) -> str:
+    """Train with and without the zero-shot labels; a quarter of the masks may be looked at."""
+    unseen = _scenes(out / "unseen_100", 100, UNSEEN_SEED)
+    truth = open_truth(str(scenes))
+    labelled = few_labelled(truth, max(1, config.n // 4), seed=0)
+    splits = write_splits(out / f"splits_{config.n}", labelled, truth.ids)
+    lines = [f"two students, {len(labelled)} scenes with masks and {config.n - len(labelled)} more"]
+    for name, about in STUDENTS.items():
+        model = out / f"{name}_{config.n}_{config.epochs}"
+        log.info("training a student in %s: %s", model, about)
+        values: dict[str, Any] = {**TRAIN_SETTINGS, **splits, "root": str(scenes)}
+        values |= {"classes": "shapes", "out": str(model), "train.epochs": config.epochs}
+        values |= {"train.validate_epochs": max(1, config.epochs // 4)}
+        if name == "unimatch":
+            values |= {"fusion.rule": "unimatch"}
+        else:
+            values |= {"zeroshot": str(labels)}
+        train(from_mapping(TrainConfig, values))
+        result = evaluate(EvaluateConfig(labels=str(model), truth=str(unseen)))
+        lines.append(f"{name:<9} mIoU {result['miou']:.4f} on 100 unseen scenes: {about} ({model})")
+    return "\n".join(lines)

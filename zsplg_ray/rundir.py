@@ -5,8 +5,10 @@ object store, and the ids that are done. The valid Parquet files ARE the record 
 
 - a part appears whole or not at all (written under a hidden name and renamed, or put in one go on
   an object store), and names starting with `_` or `.` are skipped by every Parquet reader;
-- `labels/X.parquet` is written before `segments/X.parquet`, the commit; `repair` removes a labels
-  part without its segments part, rows that stand twice, and errors of images done since;
+- the last kind of part that a run writes for an image is its commit: of `label` that is
+  `segments/X.parquet`, written after `labels/X.parquet`; of `predict`, which finds no segments, it
+  is `labels/X.parquet` itself. `repair` removes a labels part without its commit, rows that stand
+  twice, and errors of images done since;
 - a part is named after its ids, so that a task run twice writes the same file twice.
 
 No step needs a rename of something that others read, so all of it holds on s3:// and gs:// too.
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["segments", "labels", "errors"]
 KINDS: tuple[Kind, ...] = ("segments", "labels", "errors")
+Verb = Literal["label", "predict"]
+COMMITS: dict[Verb, Kind] = {"label": "segments", "predict": "labels"}
+"""Which kind of part says that an image is done, by the verb that makes the run."""
 META = b"zsplg_ray"
 _PART = re.compile(r"(part-[0-9a-f]{20})\.parquet")
 _UNFINISHED = re.compile(r"_.+\.[0-9a-f]{32}")
@@ -127,12 +132,15 @@ class RunFolder:
     def label_settings(self) -> dict[str, Any]:
         """Dotted prompts.* and compose.* settings that the labels here were asked for with.
 
-        Raises: ValueError if the folder holds no run.
+        Raises: ValueError if the folder holds no run, or one without segments.
         """
         run = self.read_run()
+        fix = "give the folder of a `zsplg label --out` run"
         if run is None:
-            fix = "give the folder of a `zsplg label --out` run"
             raise ValueError(complain("run", "a run's folder (with run.json)", self.uri, fix))
+        if (verb := made_by(run)) != "label":
+            rule = "a run with segments, which labels can be composed from"
+            raise ValueError(complain("run", rule, f"{self.uri} of `zsplg {verb}`", fix))
         return {k: v for k, v in run["config"].items() if k.startswith(("prompts.", "compose."))}
 
     # Parts -----------------------------------------------------------------------------------
@@ -202,30 +210,36 @@ class RunFolder:
         found = self.map_parts(self.parts(kind), ids)
         return {name: ids for name, ids in found.items() if ids is not None}
 
-    def repair(self) -> Repaired:
-        """Bring the folder to the state where every image stands once, and tell what is there."""
+    def repair(self, verb: Verb = "label") -> Repaired:
+        """Bring the folder to the state where every image stands once, and tell what is there.
+
+        `verb`: whose run it is.
+        """
+        commit = COMMITS[verb]
         if self.local:
             for kind in (".", *KINDS):
                 for left in Path(self.path, kind).glob("_*"):
                     if _UNFINISHED.fullmatch(left.name):
                         left.unlink(missing_ok=True)  # what a killed writer left
-        segments, labels = self.part_ids("segments"), self.part_ids("labels")
-        for name in labels.keys() - segments.keys():
+        parts = self.part_ids(commit)
+        labels = self.part_ids("labels") if commit != "labels" else {}
+        for name in labels.keys() - parts.keys():
             self.delete_part("labels", name)
         done: set[str] = set()
-        for name in sorted(segments):
-            ids = segments[name]
+        for name in sorted(parts):
+            ids = parts[name]
             fresh = _first_time(ids, done)
             if not all(fresh):
                 log.warning("%s holds %d images twice: mended", name, fresh.count(False))
                 if labels.get(name) == ids:
                     self._keep_rows("labels", name, labels, fresh)
-                self._keep_rows("segments", name, segments, fresh)
-            if name in labels and labels[name] != segments[name]:
+                self._keep_rows(commit, name, parts, fresh)
+            if name in labels and labels[name] != parts[name]:
                 self.delete_part("labels", name)  # half mended before: composed anew from segments
                 del labels[name]
         failed = self._repair_errors(done.__contains__)
-        unlabelled = sorted(name for name in segments if name not in labels and segments[name])
+        lost = (name for name in parts if name not in labels and parts[name])
+        unlabelled = sorted(lost) if commit != "labels" else []
         return Repaired(done, failed, unlabelled)
 
     def forget_errors(self, image_ids: set[str]) -> None:
@@ -267,6 +281,11 @@ def _first_time(ids: Iterable[str], seen: set[str]) -> list[bool]:
         fresh.append(image_id not in seen)
         seen.add(image_id)
     return fresh
+
+
+def made_by(run: Mapping[str, Any]) -> Verb:
+    """The verb that made a run, by its run.json; the first runs, all of `label`, do not say it."""
+    return run.get("verb", "label")
 
 
 class Repaired:

@@ -2,21 +2,21 @@
 
 What enters: the config as given and as resolved, class list, weights' SHA-256. What leaves: the
 mapping that run.json holds, the metadata of every Parquet part, and a refusal where a setting that
-the stored segments depend on has changed.
+the stored segments or labels depend on has changed.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from zsplg_ray import __version__
-from zsplg_ray.config import LabelConfig, RelabelConfig
-from zsplg_ray.rundir import RunFolder
-from zsplg_ray.settings import complain, fingerprint, flatten
+from zsplg_ray.config import LabelConfig, PredictConfig, RelabelConfig
+from zsplg_ray.rundir import COMMITS, RunFolder, made_by
+from zsplg_ray.settings import Section, complain, fingerprint, flatten
 from zsplg_ray.vocab import ClassList
 
 log = logging.getLogger(__name__)
@@ -50,22 +50,61 @@ PACKAGES = (
     "numpy",
 )
 
+OF_PREDICTIONS = ("max_side_px", "precision")
+"""Settings, beside the weights, that what a model says depends on."""
+
+PREDICT_PACKAGES = ("torch", "torchvision", "timm", "ray", "pyarrow", "numpy")
+
 
 def describe_run(
     config: LabelConfig, resolved: LabelConfig, classes: ClassList, weights: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The content of run.json at the start of a run."""
-    run: dict[str, Any] = {
+    """The content of run.json at the start of a run of `label`."""
+    return with_fingerprints(_described(config, resolved, classes, weights, PACKAGES))
+
+
+def describe_prediction(
+    config: PredictConfig,
+    resolved: PredictConfig,
+    classes: ClassList,
+    weights: Mapping[str, str],
+    zeroshot: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """The content of run.json at the start of a run of `predict`.
+
+    `zeroshot`: `uri` and `labels_fingerprint` of the run whose labels are fused in, if any.
+    """
+    run: dict[str, Any] = {"verb": "predict"}
+    run |= _described(config, resolved, classes, weights, PREDICT_PACKAGES)
+    run["zeroshot"] = dict(zeroshot) if zeroshot else None
+    run["fingerprint"] = fingerprint(
+        {k: run["resolved"][k] for k in OF_PREDICTIONS} | run["weights"]
+    )
+    labels: dict[str, Any] = {k: run["resolved"][k] for k in fusion_settings(run)}
+    labels |= {"classes": run["classes"], "predictions": run["fingerprint"]}
+    labels["zeroshot"] = zeroshot and zeroshot["labels_fingerprint"]
+    run["labels_fingerprint"] = fingerprint(labels)
+    return run
+
+
+def _described(
+    config: Section,
+    resolved: Section,
+    classes: ClassList,
+    weights: Mapping[str, str],
+    packages: Iterable[str],
+) -> dict[str, Any]:
+    """What run.json holds whatever the verb."""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
         "state": "running",
         "labels_state": "complete",
         "config": flatten(config),
         "resolved": flatten(resolved),
         "classes": classes.to_dict(),
         "weights": dict(weights),
-        "versions": {"zsplg_ray": __version__}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"zsplg_ray": __version__} | versions,
     }
-    return with_fingerprints(run)
 
 
 def with_fingerprints(run: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +129,12 @@ def label_settings(run: Mapping[str, Any]) -> list[str]:
     return sorted(k for k in run["resolved"] if k.startswith(("prompts.", "compose.")))
 
 
+def fusion_settings(run: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that a model's labels depend on beside what the model says."""
+    fused = [k for k in run["resolved"] if k.startswith("fusion.") and run["zeroshot"]]
+    return ["conf_thresh", *sorted(fused)]
+
+
 def part_meta(run: Mapping[str, Any]) -> dict[str, Any]:
     """What every Parquet part of the run carries in its schema metadata."""
     return {k: run[k] for k in ("fingerprint", "labels_fingerprint", "classes")}
@@ -107,23 +152,21 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
     if old is None:
         _refuse_other_parts(folder, run)
         return
+    if made_by(old) != made_by(run):
+        rule = f"a folder of `zsplg {made_by(run)}`"
+        raise ValueError(
+            complain("out", rule, f"one of `zsplg {made_by(old)}`", "give another --out")
+        )
     source, now = old["config"]["images"], run["config"]["images"]
     if source != now:
         log.warning("images was %s in %s: images of the same id count as done", source, folder.uri)
-    again = "give the same value, or another --out"
     if old["labels_state"] != "complete":
         fix = f"run `zsplg relabel --run {folder.uri}` to finish it"
         raise ValueError(
             complain("out", "a folder with whole labels", "a half relabelled one", fix)
         )
-    theirs, ours = ADDED_LATER | old["resolved"], run["resolved"]
-    pairs = [(k, theirs.get(k), ours[k], again) for k in segment_settings(run)]
-    weights = run["weights"].items()
-    pairs += [(f"weights of {k}", old["weights"].get(k), v, again) for k, v in weights]
-    change = f"{again}, or change all labels with `zsplg relabel --run {folder.uri}`"
-    pairs += [(k, theirs.get(k), ours[k], change) for k in label_settings(run)]
-    pairs += [("classes", old["classes"], run["classes"], change)]
-    for name, before, now, fix in pairs:
+    pairs = _prediction_pairs if made_by(run) == "predict" else _label_pairs
+    for name, before, now, fix in pairs(old, run, folder.uri):
         if before != now:
             if name == "classes":
                 part = "names" if before["names"] != now["names"] else "aliases"
@@ -131,16 +174,46 @@ def refuse_other_run(folder: RunFolder, run: Mapping[str, Any]) -> None:
             raise ValueError(complain(name, f"{before} as in {folder.uri}", now, fix))
 
 
+Pair = tuple[str, Any, Any, str]
+"""Name of a setting, its value in the folder, its value now, and what to do if they differ."""
+
+_AGAIN = "give the same value, or another --out"
+
+
+def _label_pairs(old: Mapping[str, Any], run: Mapping[str, Any], uri: str) -> list[Pair]:
+    """What two runs of `label` in one folder must agree in."""
+    theirs, ours = ADDED_LATER | old["resolved"], run["resolved"]
+    pairs = [(k, theirs.get(k), ours[k], _AGAIN) for k in segment_settings(run)]
+    weights = run["weights"].items()
+    pairs += [(f"weights of {k}", old["weights"].get(k), v, _AGAIN) for k, v in weights]
+    change = f"{_AGAIN}, or change all labels with `zsplg relabel --run {uri}`"
+    pairs += [(k, theirs.get(k), ours[k], change) for k in label_settings(run)]
+    return [*pairs, ("classes", old["classes"], run["classes"], change)]
+
+
+def _prediction_pairs(old: Mapping[str, Any], run: Mapping[str, Any], uri: str) -> list[Pair]:
+    """What two runs of `predict` in one folder must agree in."""
+    weights = run["weights"].items()
+    pairs = [(f"weights of the {k}", old["weights"].get(k), v, _AGAIN) for k, v in weights]
+    before, now = ((r["zeroshot"] or {}).get("labels_fingerprint") for r in (old, run))
+    pairs.append(("labels of fuse", before, now, _AGAIN))
+    names = (*OF_PREDICTIONS, *fusion_settings(run))
+    pairs += [(k, old["resolved"].get(k), run["resolved"][k], _AGAIN) for k in names]
+    return [*pairs, ("classes", old["classes"], run["classes"], _AGAIN)]
+
+
 def _refuse_other_parts(folder: RunFolder, run: Mapping[str, Any]) -> None:
     """Parts without a run.json must at least be of the same models and settings."""
-    names = folder.parts("segments")
-    if not names or not run["weights"]:
-        return
-    found = folder.part_meta("segments", names[0]).get("fingerprint")
-    if found != run["fingerprint"]:
-        fix = "restore run.json, or use another --out"
-        rule = f"a folder of segments with fingerprint {run['fingerprint']}"
-        raise ValueError(complain("out", rule, f"{found} in {folder.uri}", fix))
+    key = "labels_fingerprint" if made_by(run) == "predict" else "fingerprint"
+    for kind in (COMMITS[made_by(run)], "labels"):
+        names = folder.parts(kind)
+        if not names or not run["weights"]:
+            continue
+        found = folder.part_meta(kind, names[0]).get(key)
+        if found != run[key]:
+            fix = "restore run.json, or use another --out"
+            rule = f"a folder of {kind} with fingerprint {run[key]}"
+            raise ValueError(complain("out", rule, f"{found} in {folder.uri}", fix))
 
 
 def relabelled(

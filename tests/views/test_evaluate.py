@@ -1,15 +1,22 @@
 """Labels against truth: exact numbers from every kind of source, and what is not compared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from tests.student.models import write_model
 from zsplg_ray.config import EvaluateConfig
-from zsplg_ray.records import LABELS, encode_png
+from zsplg_ray.images import decode_image
+from zsplg_ray.records import LABELS, decode_png, encode_png
 from zsplg_ray.rundir import RunFolder, part_name
+from zsplg_ray.shapes.scenes import write_voc
+from zsplg_ray.student.checkpoint import load_student, read_weights
+from zsplg_ray.student.predict import Predictor
 from zsplg_ray.views.evaluate import evaluate, open_labels, table
 from zsplg_ray.vocab import class_list
 
@@ -217,3 +224,79 @@ def test_the_table_of_classes_that_never_occur(tmp_path):
     text = table(scores(tmp_path / "run", truth))
     assert "miou -  pixel_accuracy -  coverage -  over 1 images" in text
     assert text.splitlines()[2].split() == ["cat", "-", "-", "-"]
+
+
+# Models ------------------------------------------------------------------------------------------
+
+SCENES = 4
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_voc(folder, SCENES, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model") / "best.pt")
+
+
+def as_masks(model, scenes, out) -> str:
+    """What the model says of the scenes, as a folder of PNGs."""
+    predictor = Predictor(load_student(model))
+    for path in (scenes / "JPEGImages").iterdir():
+        label_HW, _ = predictor.predict(decode_image(path.read_bytes()))
+        out.mkdir(exist_ok=True)
+        (out / f"{path.stem}.png").write_bytes(encode_png(label_HW))
+    return str(out)
+
+
+def test_a_model_scores_as_its_label_maps_wherever_the_images_are_listed(tmp_path, scenes, model):
+    expected = scores(as_masks(model, scenes, tmp_path / "masks"), scenes, classes="shapes")
+    assert scores(model, scenes) == expected and expected["images"] == SCENES
+    masks = scenes / "SegmentationClass"
+    assert scores(model, masks, images=str(scenes)) == expected
+    names = sorted(path.stem for path in masks.iterdir())
+    lines = [f"JPEGImages/{name}.jpg SegmentationClass/{name}.png" for name in names]
+    (tmp_path / "val.txt").write_text("\n".join(lines[1:]))
+    some = scores(model, tmp_path / "val.txt", root=str(scenes))
+    assert (some["images"], some["without_truth"], some["without_label"]) == (SCENES - 1, 0, 0)
+    run = tmp_path / "training"
+    run.mkdir()
+    shutil.copy(model, run / "best.pt")
+    (run / "train.json").write_text("{}")
+    assert scores(run, scenes, device="cpu") == expected
+    (masks / f"{names[0]}.png").rename(tmp_path / "away.png")
+    fewer = scores(model, scenes)
+    (tmp_path / "away.png").rename(masks / f"{names[0]}.png")
+    assert (fewer["images"], fewer["without_truth"]) == (SCENES - 1, 1)
+    assert fewer["confusion"] == some["confusion"]
+
+
+def test_a_model_without_class_names_takes_those_given_or_of_the_truth(tmp_path, scenes, model):
+    plain = str(tmp_path / "plain.pth")
+    torch.save(read_weights(model).state, plain)
+    assert "classes must be given" in refusal(plain, scenes)
+    expected = scores(model, scenes)
+    assert scores(plain, scenes, classes="shapes") == expected
+    truth = {p.stem: decode_png(p.read_bytes()) for p in (scenes / "SegmentationClass").iterdir()}
+    put_labels(tmp_path / "truth", truth, class_list("shapes"))
+    assert scores(plain, tmp_path / "truth", images=str(scenes)) == expected
+    assert "classes must be 9 with background" in refusal(plain, scenes, classes="cat,dog")
+
+
+def test_models_and_images_that_do_not_fit_are_refused(tmp_path, scenes, model):
+    masks = scenes / "SegmentationClass"
+    assert refusal(model, masks).startswith("images must be given for a model, got nothing; add")
+    assert "labels must be something that exists" in refusal(tmp_path / "none.pt", scenes)
+    (tmp_path / "train.json").write_text("{}")
+    assert "a folder with best.pt or last.pt" in refusal(tmp_path, scenes)
+    put_labels(tmp_path / "truth", {"scene_000000": [[0]]})
+    told = refusal(model, tmp_path / "truth", images=str(scenes))
+    assert "where class 1 is circle, got cat" in told or "where class 1 is cat, got circle" in told
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "scene_000000.jpg").write_bytes(b"no image")
+    told = refusal(model, masks, images=str(tmp_path / "images"))
+    assert "(image scene_000000.jpg)" in told

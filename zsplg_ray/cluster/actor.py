@@ -1,8 +1,10 @@
-"""The actor that labels: decoded images in, parts of the run's folder and counts out.
+"""The actor that holds a model: decoded images in, parts of the run's folder and counts out.
 
 The actor itself writes the parts: a part is on disk before Ray hears of it, so a crash costs at
 most the images that were with an actor (`actors.in_flight` of them). What stands in valid parts is
 not done again; what stands there twice after a crash is mended (rundir.repair).
+
+Which model it is, and which rows it makes, is a `Task`: the verbs differ in nothing else.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,92 +25,135 @@ import torch
 from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
 from zsplg_ray.cluster.parts import PartWriter
 from zsplg_ray.cluster.session import Plan
-from zsplg_ray.config import LabelConfig
-from zsplg_ray.label.labeler import LabelsImages, Naming, is_broken_device
-from zsplg_ray.rundir import RunFolder
+from zsplg_ray.config import LabelConfig, PredictConfig
+from zsplg_ray.label.labeler import is_broken_device
+from zsplg_ray.rundir import Kind, RunFolder, Verb
 from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[LabelConfig, Naming, str], LabelsImages]
-"""What an actor loads: (resolved config, naming, device) -> something that labels."""
+Row = dict[str, Any]
+"""One row of a table. That of an image has `decode.DECODED` without its pixels."""
+
+
+class Worker(Protocol):
+    """A model that is loaded and at work on images."""
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images to give to `process`."""
+        ...
+
+    @property
+    def weights(self) -> dict[str, str] | None:
+        """SHA-256 of the weights by model; None if they are no files."""
+        ...
+
+    def process(self, images: Sequence[Row], pixels: Sequence[np.ndarray]) -> list[Any]:
+        """What `Task.rows` understands for each image (uint8 RGB), or the Exception it met.
+
+        Raises: Exception if the device is broken and will not do the others.
+        """
+        ...
+
+
+class Task(Protocol):
+    """What a verb does to images; it travels to every actor."""
+
+    @property
+    def verb(self) -> Verb:
+        """Its name; also the stage that errors are told of."""
+        ...
+
+    @property
+    def schemas(self) -> Mapping[Kind, pa.Schema]:
+        """Kinds of rows that it makes of each image; the last one is the commit."""
+        ...
+
+    def load(self, device: str) -> Worker:
+        """Load the model."""
+        ...
+
+    def rows(self, image: Row, result: Any) -> dict[Kind, Row]:
+        """A row of each kind from what the worker found."""
+        ...
+
+    def mend(self, folder: RunFolder, name: str, meta: Mapping[str, Any]) -> None:
+        """Make the labels part that a crash has cost anew."""
+        ...
 
 
 @dataclass(frozen=True)
 class Job:
     """Everything an actor needs, in one picklable piece. `config` is resolved."""
 
-    config: LabelConfig
-    naming: Naming
+    config: LabelConfig | PredictConfig
+    task: Task
     folder: RunFolder
     meta: dict[str, Any]
     weights: dict[str, str]
-    load: Load
 
 
-class LabelActor:
-    """One process with SAM and CLIP: decoded images in, written parts and counts out."""
+class ImageActor:
+    """One process with a model: decoded images in, written parts and counts out."""
 
     def __init__(self, job: Job, plan: Plan, ledger: Ledger) -> None:
-        self.job, self.ledger = job, ledger
+        self.job, self.ledger, self.stage = job, ledger, job.task.verb
         device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
         if device == "cpu":
             torch.set_num_threads(plan.threads)
-        self.labeler = retrying(lambda: job.load(job.config, job.naming, device))
-        found = getattr(self.labeler, "weights", None)
+        self.worker = retrying(lambda: job.task.load(device))
+        found = self.worker.weights
         if found not in (None, job.weights):
             rule = f"those of the driver, {job.weights}"
             raise ValueError(complain("weights", rule, found, "give every node the same files"))
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Label a block of `decode.DECODED` rows; returns one row of counts."""
-        naming = self.job.naming
-        writer = PartWriter(
-            self.job.folder, self.job.meta, naming.bank.embedding_AD.shape[1], len(naming.classes)
-        )
+        """Do a block of `decode.DECODED` rows; returns one row of counts."""
+        writer = PartWriter(self.job.folder, self.job.meta, self.job.task.schemas)
         labelled = failed = 0
         for images in self._pending(block):
             if images[0]["deaths"] and writer.ids:
                 self._commit(writer)  # the others are safe before a suspect is tried again
-            labelled_before = len(writer.segments)
-            self._label(block, images, writer)
-            labelled += len(writer.segments) - labelled_before
-            failed += len(images) - (len(writer.segments) - labelled_before)
+            done_before = len(writer.done)
+            self._process(block, images, writer)
+            labelled += len(writer.done) - done_before
+            failed += len(images) - (len(writer.done) - done_before)
             if time.monotonic() - writer.since >= self.job.config.actors.flush_s:
                 self._commit(writer)
         if writer.ids:
             self._commit(writer)
         return pa.table({"labelled": [labelled], "failed": [failed]})
 
-    def _pending(self, block: pa.Table) -> Iterator[list[dict[str, Any]]]:
-        """Rows (without pixels) that are not written yet, in groups to label together.
+    def _pending(self, block: pa.Table) -> Iterator[list[Row]]:
+        """Rows (without pixels) that are not written yet, in groups to do together.
 
         Each has its `deaths`. Suspects come last, each alone, so that no other is blamed again.
         """
         rows = block.drop_columns(["rgb"]).to_pylist()
-        deaths = self.ledger.open("label", [row["image_id"] for row in rows])
+        deaths = self.ledger.open(self.stage, [row["image_id"] for row in rows])
         todo = [
             {**row, "index": i, "deaths": deaths[row["image_id"]]}
             for i, row in enumerate(rows)
             if row["image_id"] in deaths
         ]
         innocent = [row for row in todo if not row["deaths"]]
-        most = self.labeler.images_at_once
+        most = self.worker.images_at_once
         for start in range(0, len(innocent), most):
             yield innocent[start : start + most]
         for row in sorted(todo, key=lambda row: row["deaths"]):
             if row["deaths"]:
                 yield [row]
 
-    def _label(self, block: pa.Table, images: list[dict[str, Any]], to: PartWriter) -> None:
-        """Label a group of images; what fails goes to `to` with its reason."""
+    def _process(self, block: pa.Table, images: list[Row], to: PartWriter) -> None:
+        """Do a group of images; what fails goes to `to` with its reason."""
         good = [image for image in images if not self._hopeless(image, to)]
         if not good:
             return
         ids = [image["image_id"] for image in good]
-        self.ledger.begin("label", ids)
+        self.ledger.begin(self.stage, ids)
         try:
-            results = self.labeler.label_many([pixels(block, image) for image in good])
+            results = self.worker.process(good, [pixels(block, image) for image in good])
         except Exception as e:
             if is_broken_device(e):
                 self._leave(to)
@@ -117,12 +162,12 @@ class LabelActor:
             try:
                 if isinstance(result, Exception):
                     raise result
-                to.add(image, *result)
+                to.add(self.job.task.rows(image, result))
             except Exception as e:  # one bad image never stops the rest
-                to.fail(image, "label", f"{type(e).__name__}: {e}", traceback.format_exc())
-        self.ledger.finish("label", ids)
+                to.fail(image, self.stage, f"{type(e).__name__}: {e}", traceback.format_exc())
+        self.ledger.finish(self.stage, ids)
 
-    def _hopeless(self, image: dict[str, Any], to: PartWriter) -> bool:
+    def _hopeless(self, image: Row, to: PartWriter) -> bool:
         """Whether an image need not be tried; then it is written as failed."""
         if image["error"] is not None:
             to.fail(image, image["stage"], image["error"])
@@ -130,7 +175,7 @@ class LabelActor:
             error = (
                 f"killed its process {image['deaths']} times; see whether memory or a library fails"
             )
-            to.fail(image, "label", error)
+            to.fail(image, self.stage, error)
         else:
             return False
         return True
@@ -143,12 +188,12 @@ class LabelActor:
 
     def _commit(self, writer: PartWriter) -> None:
         ids = writer.ids
-        self.ledger.open("label", ids)  # fails if the driver is gone: its heir may be at work here
+        self.ledger.open(self.stage, ids)  # fails if the driver is gone: its heir may be at work
         writer.write()
         self.ledger.commit(ids)
 
 
-def pixels(block: pa.Table, image: dict[str, Any]) -> np.ndarray:
+def pixels(block: pa.Table, image: Row) -> np.ndarray:
     """The uint8 RGB pixels [H, W, 3] of one row of a decoded block."""
     flat = np.frombuffer(block["rgb"][image["index"]].as_buffer(), np.uint8)
     return flat.reshape(image["height"], image["width"], 3).copy()
@@ -161,7 +206,7 @@ def pick_device(asked: str, has_gpu: bool) -> str:
     return "cuda" if has_gpu and torch.cuda.is_available() else "cpu"
 
 
-def retrying(make: Callable[[], LabelsImages], times: int = 3) -> LabelsImages:
+def retrying(make: Callable[[], Worker], times: int = 3) -> Worker:
     """Loading may fail for a moment (a busy disk, a download); Ray would give up at once."""
     for left in reversed(range(times)):
         try:

@@ -23,13 +23,15 @@ DECODED = pa.schema(
         ("uri", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("zeroshot", pa.string()),
         ("image_sha256", pa.string()),
         ("rgb", pa.large_binary()),
         ("stage", pa.string()),
         ("error", pa.string()),
     ]
 )
-"""One row an image: uint8 RGB pixels in `rgb`, or stage and error with `rgb` null."""
+"""One row an image: uint8 RGB pixels in `rgb`, or stage and error with `rgb` null. `zeroshot` tells
+where the image's zero-shot label stands, if the manifest does."""
 
 
 def decode_block(block: pa.Table, max_px: int, ledger: Ledger) -> Iterator[pa.Table]:
@@ -71,7 +73,7 @@ def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:
 
 def _table(row: dict[str, Any], **values: Any) -> pa.Table:
     rgb = values.pop("rgb", None)
-    columns = {**{"image_id": row["image_id"], "uri": row["uri"]}, **values}
+    columns = {k: row.get(k) for k in ("image_id", "uri", "zeroshot")} | values
     table = {f.name: pa.array([columns.get(f.name)], f.type) for f in DECODED if f.name != "rgb"}
     if rgb is None:
         table["rgb"] = pa.nulls(1, pa.large_binary())

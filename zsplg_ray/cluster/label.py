@@ -1,47 +1,26 @@
 """`zsplg label` on Ray: images -> segments/, labels/, errors/, each image exactly once.
 
-What enters: a `LabelConfig`. What leaves: a run's folder (see rundir) and a summary.
-
-    manifest blocks -> decode_block (CPU tasks) -> LabelActor (SAM + CLIP) -> parts
-                                                      `-> counts -> driver
-
-What stands in valid parts is not done again, so the same command goes on after a crash, picks up
-images added since, and tries failed ones again. No line here differs between laptop and cluster.
+What enters: a `LabelConfig`. What leaves: a run's folder (see rundir) and a summary. Which images
+go where, and what happens when somebody is killed, is the same for every verb: see pipeline.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import ray
-from filelock import FileLock, Timeout
-from ray.data.exceptions import ExecutionTimeoutError
-from ray.exceptions import RayError
 
-from zsplg_ray.cluster.actor import Job, LabelActor, Load
-from zsplg_ray.cluster.decode import decode_block
-from zsplg_ray.cluster.ledger import Ledger
-from zsplg_ray.cluster.parts import relabel_part
-from zsplg_ray.cluster.progress import Progress
-from zsplg_ray.cluster.session import (
-    Plan,
-    cluster_address,
-    last_line,
-    plan_actors,
-    quiet_ray_data,
-    ray_session,
-)
+from zsplg_ray.cluster.actor import Row
+from zsplg_ray.cluster.parts import labels_row, relabel_part, segments_row
+from zsplg_ray.cluster.pipeline import only_run, run_images
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
-from zsplg_ray.label.labeler import Labeler, Naming
+from zsplg_ray.label.labeler import Labeler, Labelled, LabelsImages, Naming
 from zsplg_ray.label.presets import resolve_label, unknown_names
 from zsplg_ray.label.weights import (
     absolute_paths,
@@ -50,17 +29,16 @@ from zsplg_ray.label.weights import (
     sam_sha256,
     state_sha256,
 )
-from zsplg_ray.rundir import RunFolder
-from zsplg_ray.runinfo import describe_run, part_meta, refuse_other_run
-from zsplg_ray.settings import WorkError, complain, override
+from zsplg_ray.records import LABELS, segments_schema
+from zsplg_ray.rundir import Kind, RunFolder, Verb
+from zsplg_ray.runinfo import describe_run, refuse_other_run
 from zsplg_ray.sources import list_images
 from zsplg_ray.vocab import ClassList, class_list
 
 log = logging.getLogger(__name__)
 
-DECODE_MEMORY = 256 * 2**20
-"""Bytes that a reading task asks of Ray, a photograph several times over. It is also what keeps Ray
-from fusing reading into the actors, whose time is dear: it fuses only what asks for the same."""
+Load = Callable[[LabelConfig, Naming, str], LabelsImages]
+"""What an actor loads: (resolved config, naming, device) -> something that labels."""
 
 
 def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
@@ -87,12 +65,8 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
     run = describe_run(config, resolved, classes, weights)
     refuse_other_run(folder, run)
     with only_run(folder):
-        refuse_other_run(folder, run)  # again: another one may have been at work until now
-        found = folder.repair()
-        todo = folder.anti_join(manifest, found.done)
-        progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
-        job = Job(absolute_paths(resolved), naming, folder, part_meta(run), weights, load)
-        _work(job, todo, run, progress, done_before=len(found.done))
+        here = absolute_paths(resolved)
+        run_images(here, LabelTask(here, naming, load), folder, manifest, run)
     return run
 
 
@@ -111,135 +85,56 @@ def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str
     return naming, {"sam": sam_sha256(resolved.sam), "clip": state_sha256(model)}
 
 
-@contextlib.contextmanager
-def only_run(folder: RunFolder) -> Iterator[None]:
-    """One run at a time on one local folder; the lock goes with the process that holds it."""
-    if not folder.local:
-        yield
-        return
-    path = Path(folder.path)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as e:
-        fix = "wait for the other one, or stop it"
-        raise ValueError(complain("out", "used by one run at a time", folder.uri, fix)) from e
-    try:
-        yield
-    finally:
-        if not (path / "run.json").exists():  # bad input leaves nothing behind
-            (path / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        lock.release()
+@dataclass(frozen=True)
+class LabelTask:
+    """Segments and zero-shot labels of images."""
 
+    config: LabelConfig
+    naming: Naming
+    loader: Load
+    verb: Verb = "label"
 
-def _work(
-    job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress, done_before: int
-) -> None:
-    """Label `todo` and keep run.json true, however this ends."""
-    began = time.monotonic()
-    state = "failed"
-    try:
-        if len(todo):
-            with ray_session(job.config.ray):
-                plan = _plan(job.config)
-                job.folder.write_run(run)
-                job.folder.forget_errors(set(todo["image_id"].to_pylist()))
-                label_blocks(job, todo, plan, progress)
-        state = "complete"
-    except KeyboardInterrupt:
-        state = "interrupted"
-        raise
-    finally:
-        progress.close()
-        run["state"] = state
-        run["seconds"] = round(time.monotonic() - began, 3)
-        run["images_per_s"] = round(progress.rate(), 3)
-        if not len(todo) or job.folder.read_run() is not None:
-            _settle(job, run, progress, done_before)
-
-
-def _plan(config: LabelConfig) -> Plan:
-    """Actors that fit the cluster we are connected to. Raises: ValueError if none do."""
-    growing = cluster_address(config.ray) != "local"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = {r: max((node.get(r, 0.0) for node in nodes), default=0.0) for r in ("CPU", "GPU")}
-    actors = config.actors
-    if config.device == "cpu" and actors.gpus is None:
-        actors = override(actors, {"gpus": 0.0})
-    plan = plan_actors(actors, ray.cluster_resources(), growing, largest)
-    if config.device == "cuda" and not plan.gpus:
-        fix = "set --actors.gpus, or --device cpu"
-        raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))
-    return plan
-
-
-def _settle(job: Job, run: dict[str, Any], progress: Progress, done_before: int) -> None:
-    """Mend what a crash may have left, count, and write run.json; never hides why work failed."""
-    folder = job.folder
-    try:
-        after = folder.repair()
-        for name in after.unlabelled:
-            relabel_part(folder, name, job.naming, job.meta)
-        run["counts"] = {
-            "images": progress.total,
-            "labelled": len(after.done),
-            "quarantined": len(after.failed),
-            "skipped_as_done": progress.skipped,
-            "labelled_now": len(after.done) - done_before,
+    @property
+    def schemas(self) -> dict[Kind, pa.Schema]:
+        """Labels, then segments: these say that an image is done."""
+        return {
+            "labels": LABELS,
+            "segments": segments_schema(self.naming.bank.embedding_AD.shape[1]),
         }
-        folder.write_run(run)
-    except OSError as e:
-        if run["state"] == "complete":
-            raise WorkError(f"run.json could not be written: {e}") from e
-        log.warning("run.json could not be written: %s", e)
+
+    def load(self, device: str) -> LabelWorker:
+        """Load SAM and CLIP."""
+        return LabelWorker(self.loader(self.config, self.naming, device))
+
+    def rows(self, image: Row, result: Labelled) -> dict[Kind, Row]:
+        """Rows of labels/ and segments/."""
+        segments, composed = result
+        labels = labels_row(image, composed, len(self.naming.classes))
+        return {"labels": labels, "segments": segments_row(image, segments)}
+
+    def mend(self, folder: RunFolder, name: str, meta: Mapping[str, Any]) -> None:
+        """Labels follow from segments, without SAM."""
+        relabel_part(folder, name, self.naming, meta)
 
 
-def label_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> None:
-    """Run the pipeline over the manifest rows `todo`, counting into `progress`.
+class LabelWorker:
+    """Whatever labels images, as an actor wants it."""
 
-    Raises: WorkError once more than `max_errors` images have failed.
-    """
-    quiet_ray_data()
-    size = job.config.actors.in_flight
-    blocks = [
-        todo.take(pa.array(range(i, min(i + size, len(todo))))) for i in range(0, len(todo), size)
-    ]
-    ledger = Ledger.start()
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        functools.partial(decode_block, max_px=job.config.max_pixels, ledger=ledger),
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=plan.decode_cpus,
-        memory=DECODE_MEMORY,
-    )
-    dataset = dataset.map_batches(
-        LabelActor,
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        fn_constructor_args=(job, plan, ledger),
-        compute=ray.data.ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
-        num_cpus=plan.cpus,
-        num_gpus=plan.gpus,
-    )
-    try:
-        for counts in dataset.iter_rows():
-            progress.add(counts["labelled"], counts["failed"])
-            limit = job.config.max_errors
-            if limit is not None and progress.failed > limit:
-                raise WorkError(
-                    f"max_errors must be >= the images that fail, got {limit}; "
-                    f"{progress.failed} failed so far, see {job.folder.uri}/errors"
-                )
-    except RayError as e:
-        raise WorkError(last_line(e)) from e
-    except ExecutionTimeoutError as e:
-        told = "nothing moves; see whether the cluster can place the actors (`ray status`)"
-        raise WorkError(told) from e
-    finally:
-        with contextlib.suppress(RayError):
-            ledger.close()
+    def __init__(self, labeler: LabelsImages) -> None:
+        self.labeler = labeler
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images go through SAM together."""
+        return self.labeler.images_at_once
+
+    @property
+    def weights(self) -> dict[str, str] | None:
+        """SHA-256 of SAM and CLIP, where they come from files."""
+        return getattr(self.labeler, "weights", None)
+
+    def process(
+        self, images: Sequence[Row], pixels: Sequence[np.ndarray]
+    ) -> list[Labelled | Exception]:
+        """Segments and labels of each image."""
+        return self.labeler.label_many(pixels)

@@ -1,7 +1,7 @@
 """Rows of a run's folder, gathered and written as parts.
 
-What enters: one image's result at a time. What leaves: `labels/X`, `errors/X`, then `segments/X`,
-the commit (see rundir).
+What enters: one image's rows at a time. What leaves: a part of each kind, and `errors/X`; the kind
+that counts as the commit comes last (see rundir).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pyarrow as pa
 from zsplg_ray.label.compose import Composed, summarise
 from zsplg_ray.label.labeler import Naming
 from zsplg_ray.label.segments import Segments
-from zsplg_ray.records import ERRORS, LABELS, encode_png, encode_score, segments_schema
-from zsplg_ray.rundir import RunFolder, part_name
+from zsplg_ray.records import ERRORS, LABELS, encode_png, encode_score
+from zsplg_ray.rundir import Kind, RunFolder, part_name
 
 
 def labels_row(
@@ -35,6 +35,17 @@ def labels_row(
         "class_px": class_px,
         "source": source,
         "confidence": confidence,
+    }
+
+
+def segments_row(image: Mapping[str, Any], segments: Segments) -> dict[str, Any]:
+    """A row of segments/. `image` has image_id, uri and image_sha256."""
+    height, width = segments.size_hw
+    return {
+        **{k: image[k] for k in ("image_id", "uri", "image_sha256")},
+        "width": width,
+        "height": height,
+        "segments": segments.to_rows(),
     }
 
 
@@ -61,35 +72,24 @@ class PartWriter:
     Args:
         folder: The run's folder.
         meta: Fingerprints and class list for the files' metadata.
-        embedding_dim: D of the segments' schema.
-        n_classes: Classes with background.
+        schemas: Kind -> schema of what each image has a row in; the last kind is the commit.
     """
 
     def __init__(
-        self, folder: RunFolder, meta: Mapping[str, Any], embedding_dim: int, n_classes: int
+        self, folder: RunFolder, meta: Mapping[str, Any], schemas: Mapping[Kind, pa.Schema]
     ) -> None:
-        self.folder, self.meta, self.n_classes = folder, meta, n_classes
-        self.schema = segments_schema(embedding_dim)
+        self.folder, self.meta, self.schemas = folder, meta, dict(schemas)
         self._clear()
 
     def _clear(self) -> None:
-        self.segments: list[dict[str, Any]] = []
-        self.labels: list[dict[str, Any]] = []
+        self.rows: dict[Kind, list[dict[str, Any]]] = {kind: [] for kind in self.schemas}
         self.errors: list[dict[str, Any]] = []
         self.since = time.monotonic()
 
-    def add(self, image: Mapping[str, Any], segments: Segments, composed: Composed) -> None:
-        """One image done. `image` has image_id, uri and image_sha256."""
-        height, width = segments.size_hw
-        row = {
-            **{k: image[k] for k in ("image_id", "uri", "image_sha256")},
-            "width": width,
-            "height": height,
-            "segments": segments.to_rows(),
-        }
-        label = labels_row(image, composed, self.n_classes)  # may fail: then neither is kept
-        self.segments.append(row)
-        self.labels.append(label)
+    def add(self, rows: Mapping[Kind, dict[str, Any]]) -> None:
+        """One image done: its row of each kind."""
+        for kind, waiting in self.rows.items():
+            waiting.append(rows[kind])
 
     def fail(self, image: Mapping[str, Any], stage: str, error: str, detail: str = "") -> None:
         """One image that could not be done."""
@@ -103,21 +103,28 @@ class PartWriter:
         )
 
     @property
+    def done(self) -> list[str]:
+        """Ids of the images that are done and not written yet."""
+        return [row["image_id"] for row in next(iter(self.rows.values()))]
+
+    @property
     def ids(self) -> list[str]:
-        """Image ids not written yet."""
-        return [row["image_id"] for row in (*self.segments, *self.errors)]
+        """Image ids not written yet, failed ones too."""
+        return [*self.done, *(row["image_id"] for row in self.errors)]
 
     def write(self) -> None:
-        """Write what there is; segments last, since their part is what counts as done."""
-        name = part_name(row["image_id"] for row in self.segments)
-        if self.labels:
-            self._put("labels", name, self.labels, LABELS)
+        """Write what there is; the commit last, since its part is what counts as done."""
+        name = part_name(self.done)
+        *before, commit = self.schemas
+        if self.done:
+            for kind in before:
+                self._put(kind, name, self.rows[kind], self.schemas[kind])
         if self.errors:
             failed = part_name(row["image_id"] for row in self.errors)
             self._put("errors", failed, self.errors, ERRORS)
-        if self.segments:
-            self._put("segments", name, self.segments, self.schema)
+        if self.done:
+            self._put(commit, name, self.rows[commit], self.schemas[commit])
         self._clear()
 
-    def _put(self, kind: Any, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    def _put(self, kind: Kind, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
         self.folder.write_part(kind, name, pa.Table.from_pylist(rows, schema=schema), self.meta)

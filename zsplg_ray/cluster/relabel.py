@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from zsplg_ray.cluster.label import only_run
 from zsplg_ray.cluster.parts import relabel_part
+from zsplg_ray.cluster.pipeline import only_run
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import last_line, quiet_ray_data, ray_session
 from zsplg_ray.config import ClipConfig, RelabelConfig

@@ -1,8 +1,10 @@
-"""Labels against ground truth.
+"""Labels, or a model's predictions, against ground truth.
 
-What enters: labels (a run, a Parquet folder, a folder of PNG masks) and masks. What leaves: counts
-summed over all images that have both, and the scores of metrics.py. No image is counted twice, and
-none is left out in silence: how many had no truth, and how many truths had no label, is told.
+What enters: labels (a run, a Parquet folder, a folder of PNG masks; or a model and images) and
+masks. What leaves: counts summed over all images that have both, and the scores of metrics.py. No
+image is counted twice, and none is left out in silence: how many had no truth, and how many truths
+had no label, is told. A model is used as `predict` uses it unless it is told otherwise, so its
+scores are those of the labels that `predict` writes.
 """
 
 from __future__ import annotations
@@ -17,15 +19,20 @@ from typing import Any
 import numpy as np
 
 from zsplg_ray.config import EvaluateConfig
+from zsplg_ray.images import decode_image
 from zsplg_ray.masks import Truth, open_truth
 from zsplg_ray.metrics import confusion, scores
 from zsplg_ray.records import decode_png
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
-from zsplg_ray.sources import image_key
+from zsplg_ray.sources import image_key, list_images
+from zsplg_ray.storage import Place, read_bytes
 from zsplg_ray.vocab import ClassList, class_list
 
 log = logging.getLogger(__name__)
+
+MODEL_SUFFIXES = (".pt", ".pth", ".safetensors")
+"""How files with a model are called."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: Nothing to compare, sizes or class lists that do not fit.
     """
     truth = open_truth(config.truth, root=config.root)
-    labels = open_labels(config.labels)
+    if is_model(config.labels):
+        labels = open_predictions(config, truth.classes)
+    else:
+        labels = open_labels(config.labels)
     given = class_list(config.classes) if config.classes else None
     classes = given or labels.classes or truth.classes
     if classes is None:
@@ -77,7 +87,7 @@ def check_same(classes: ClassList, theirs: ClassList | None, source: str) -> Non
     pairs = itertools.zip_longest(classes.names, theirs.names, fillvalue="nothing")
     index, (ours, other) = next((k, p) for k, p in enumerate(pairs) if p[0] != p[1])
     rule = f"those of the {source}, where class {index} is {other}"
-    fix = "bring labels and truth to one class list"
+    fix = "bring both to one class list"
     raise ValueError(complain("classes", rule, ours, fix))
 
 
@@ -114,6 +124,58 @@ def open_labels(source: str) -> Labels:
     return Labels(
         ids, masks.classes, lambda wanted: ((i, masks.read(i)) for i in ids if i in wanted)
     )
+
+
+def is_model(source: str) -> bool:
+    """Whether an address is that of a model: a file called so, or a training run's folder."""
+    place = Place.parse(source)
+    return place.suffix in MODEL_SUFFIXES or place.child("train.json").kind() == "file"
+
+
+def open_predictions(config: EvaluateConfig, classes: ClassList | None) -> Labels:
+    """What a model says of the images, made when asked for.
+
+    Args:
+        config: As `evaluate` got it; `labels` is the model.
+        classes: Of the truth: for models that carry no class list, if the user gives none either.
+
+    Raises: ValueError if there is no such model, or no such images.
+    """
+    import torch  # these two are slow to import, and only models need them
+
+    from zsplg_ray.student import checkpoint, predict
+
+    uris = _image_uris(config)
+    student = checkpoint.load_student(
+        config.labels, classes=config.classes, otherwise=classes, name="labels"
+    )
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    predictor = predict.Predictor(student, device=device)
+
+    def maps(wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for image_id, uri in uris.items():
+            if image_id not in wanted:
+                continue
+            try:
+                image_HWC = decode_image(read_bytes(uri))
+            except ValueError as e:
+                raise ValueError(f"{e} (image {image_id})") from e
+            yield image_id, predictor.predict(image_HWC)[0]
+
+    return Labels(list(uris), student.classes, maps)
+
+
+def _image_uris(config: EvaluateConfig) -> dict[str, str]:
+    """Image id -> uri of what a model is to be evaluated on."""
+    place = Place.parse(config.truth)
+    lists_images = place.suffix in (".txt", ".json") or place.child("JPEGImages").kind()
+    if config.images is None and not lists_images:
+        fix = f"add --images SRC: {config.truth} holds masks only"
+        raise ValueError(complain("images", "given for a model", "nothing", fix))
+    manifest = list_images(config.images or config.truth, root=config.root)
+    return dict(zip(manifest["image_id"].to_pylist(), manifest["uri"].to_pylist(), strict=True))
 
 
 def parquet_labels(folder: RunFolder) -> Labels:

@@ -1,0 +1,214 @@
+"""Images through a pool of actors into a run's folder, each exactly once, whatever the verb.
+
+What enters: a manifest of images, a `Task`, and run.json as it starts. What leaves: parts in the
+folder, and run.json as it ends.
+
+    manifest blocks -> decode_block (CPU tasks) -> ImageActor (the models) -> parts
+                                                      `-> counts -> driver
+
+What stands in valid parts is not done again, so the same command goes on after a crash, picks up
+images added since, and tries failed ones again. No line here differs between laptop and cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from filelock import FileLock, Timeout
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError
+
+from zsplg_ray.cluster.actor import ImageActor, Job, Task
+from zsplg_ray.cluster.decode import decode_block
+from zsplg_ray.cluster.ledger import Ledger
+from zsplg_ray.cluster.progress import Progress
+from zsplg_ray.cluster.session import (
+    Plan,
+    cluster_address,
+    last_line,
+    plan_actors,
+    quiet_ray_data,
+    ray_session,
+)
+from zsplg_ray.config import LabelConfig, PredictConfig
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.runinfo import part_meta, refuse_other_run
+from zsplg_ray.settings import WorkError, complain, override
+
+log = logging.getLogger(__name__)
+
+DECODE_MEMORY = 256 * 2**20
+"""Bytes that a reading task asks of Ray, a photograph several times over. It is also what keeps Ray
+from fusing reading into the actors, whose time is dear: it fuses only what asks for the same."""
+
+
+@contextlib.contextmanager
+def only_run(folder: RunFolder) -> Iterator[None]:
+    """One run at a time on one local folder; the lock goes with the process that holds it."""
+    if not folder.local:
+        yield
+        return
+    path = Path(folder.path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as e:
+        fix = "wait for the other one, or stop it"
+        raise ValueError(complain("out", "used by one run at a time", folder.uri, fix)) from e
+    try:
+        yield
+    finally:
+        if not (path / "run.json").exists():  # bad input leaves nothing behind
+            (path / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        lock.release()
+
+
+def run_images(
+    config: LabelConfig | PredictConfig,
+    task: Task,
+    folder: RunFolder,
+    manifest: pa.Table,
+    run: dict[str, Any],
+) -> None:
+    """Do every image of the manifest that is not done yet, and keep run.json true.
+
+    Args:
+        config: Resolved; paths in it hold on every node.
+        task: What is done to an image.
+        folder: Where; to be held by `only_run`.
+        manifest: `sources.MANIFEST`, and columns that the task wants of `decode.DECODED`.
+        run: The content of run.json, changed in place.
+
+    Raises:
+        ValueError: The folder holds another run, or the cluster cannot hold the actors; nothing
+            has been written.
+        WorkError: The work failed; what is finished is kept.
+    """
+    refuse_other_run(folder, run)
+    found = folder.repair(task.verb)
+    todo = folder.anti_join(manifest, found.done)
+    progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
+    job = Job(config, task, folder, part_meta(run), run["weights"])
+    _work(job, todo, run, progress, done_before=len(found.done))
+
+
+def _work(
+    job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress, done_before: int
+) -> None:
+    """Do `todo` and keep run.json true, however this ends."""
+    began = time.monotonic()
+    state = "failed"
+    try:
+        if len(todo):
+            with ray_session(job.config.ray):
+                plan = _plan(job.config)
+                job.folder.write_run(run)
+                job.folder.forget_errors(set(todo["image_id"].to_pylist()))
+                _do_blocks(job, todo, plan, progress)
+        state = "complete"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        progress.close()
+        run["state"] = state
+        run["seconds"] = round(time.monotonic() - began, 3)
+        run["images_per_s"] = round(progress.rate(), 3)
+        if not len(todo) or job.folder.read_run() is not None:
+            _settle(job, run, progress, done_before)
+
+
+def _plan(config: LabelConfig | PredictConfig) -> Plan:
+    """Actors that fit the cluster we are connected to. Raises: ValueError if none do."""
+    growing = cluster_address(config.ray) != "local"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = {r: max((node.get(r, 0.0) for node in nodes), default=0.0) for r in ("CPU", "GPU")}
+    actors = config.actors
+    if config.device == "cpu" and actors.gpus is None:
+        actors = override(actors, {"gpus": 0.0})
+    plan = plan_actors(actors, ray.cluster_resources(), growing, largest)
+    if config.device == "cuda" and not plan.gpus:
+        fix = "set --actors.gpus, or --device cpu"
+        raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))
+    return plan
+
+
+def _settle(job: Job, run: dict[str, Any], progress: Progress, done_before: int) -> None:
+    """Mend what a crash may have left, count, and write run.json; never hides why work failed."""
+    folder = job.folder
+    try:
+        after = folder.repair(job.task.verb)
+        for name in after.unlabelled:
+            job.task.mend(folder, name, job.meta)
+        run["counts"] = {
+            "images": progress.total,
+            "labelled": len(after.done),
+            "quarantined": len(after.failed),
+            "skipped_as_done": progress.skipped,
+            "labelled_now": len(after.done) - done_before,
+            **run.get("counts", {}),
+        }
+        folder.write_run(run)
+    except OSError as e:
+        if run["state"] == "complete":
+            raise WorkError(f"run.json could not be written: {e}") from e
+        log.warning("run.json could not be written: %s", e)
+
+
+def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> None:
+    """Run the pipeline over the manifest rows `todo`, counting into `progress`.
+
+    Raises: WorkError once more than `max_errors` images have failed.
+    """
+    quiet_ray_data()
+    size = job.config.actors.in_flight
+    blocks = [
+        todo.take(pa.array(range(i, min(i + size, len(todo))))) for i in range(0, len(todo), size)
+    ]
+    ledger = Ledger.start()
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        functools.partial(decode_block, max_px=job.config.max_pixels, ledger=ledger),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=plan.decode_cpus,
+        memory=DECODE_MEMORY,
+    )
+    dataset = dataset.map_batches(
+        ImageActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        fn_constructor_args=(job, plan, ledger),
+        compute=ray.data.ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus,
+    )
+    try:
+        for counts in dataset.iter_rows():
+            progress.add(counts["labelled"], counts["failed"])
+            limit = job.config.max_errors
+            if limit is not None and progress.failed > limit:
+                raise WorkError(
+                    f"max_errors must be >= the images that fail, got {limit}; "
+                    f"{progress.failed} failed so far, see {job.folder.uri}/errors"
+                )
+    except RayError as e:
+        raise WorkError(last_line(e)) from e
+    except ExecutionTimeoutError as e:
+        told = "nothing moves; see whether the cluster can place the actors (`ray status`)"
+        raise WorkError(told) from e
+    finally:
+        with contextlib.suppress(RayError):
+            ledger.close()

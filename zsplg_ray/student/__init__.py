@@ -1,0 +1,1 @@
+"""Batches in, a segmentation model out: UniMatch with zero-shot labels. torch, never Ray."""
