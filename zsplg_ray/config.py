@@ -350,8 +350,9 @@ class UnimatchConfig(Section):
     label_smoothing: Annotated[float, Range(0, 0.99)] = 0.0
     """Share of each target's probability that is spread over all classes, [0, 0.99]."""
     same_image: bool = False
-    """CutMix pastes from another crop of the same image, as UniMatch's released code does, which
-    costs one more forward pass. Else from another image of the batch."""
+    """As UniMatch's released code: CutMix pastes from another crop of the same image, and the
+    labelled images take part in the perturbed batch statistics; one more forward pass. Else CutMix
+    pastes from another image of the batch."""
 
 
 FusionRule = Literal[
@@ -613,7 +614,7 @@ class DemoConfig(Section):
     """Scenes, [1, 10000]."""
     embedder: Literal["gem", "crop", "both"] = "both"
     """Which way of naming segments to show."""
-    epochs: Annotated[int, Range(0, 10_000)] = 20
+    epochs: Annotated[int, Range(0, 10_000)] = 60
     """Epochs for which each of two students is trained, [0, 10000]; 0: none."""
     ray: RayConfig = field(default_factory=RayConfig)
 

@@ -89,7 +89,7 @@ def test_image_pooling_gives_every_place_the_mean():
 def test_a_perturbation_touches_the_perturbed_copies_only():
     model = random_model(TINY)
     x, (low, high) = images(3, 3, 48, 48), model.channels
-    drop = Perturbation(torch.ones(2, low), torch.ones(2, high))
+    drop = Perturbation(torch.ones(2, low), torch.ones(2, high), wanted=2)
     with torch.no_grad():
         clean, _ = model(x)
         same, untouched = model(x, drop)
@@ -99,6 +99,9 @@ def test_a_perturbation_touches_the_perturbed_copies_only():
     assert torch.allclose(untouched, clean[1:], atol=1e-5), "the last images, in their order"
     assert torch.allclose(perturbed[0], clean[1], atol=1e-5)
     assert not torch.allclose(perturbed[1], clean[2], atol=1e-3)
+    with torch.no_grad():
+        _, last = model(x, drop._replace(wanted=1))
+    assert torch.allclose(last, perturbed[1:], atol=1e-5)
 
 
 def test_frozen_batch_normalisation_keeps_its_statistics():

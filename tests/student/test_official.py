@@ -84,7 +84,7 @@ def gaps(size: Size, variant: Variant) -> tuple[float, float]:
 
 
 def test_same_loss_and_gradients_where_batch_statistics_are_frozen() -> None:
-    loss, gradients = gaps(dataclasses.replace(SMALL, frozen_bn=True), VARIANTS["same image"])
+    loss, gradients = gaps(dataclasses.replace(SMALL, frozen_bn=True), VARIANTS["exact"])
     assert loss < 1e-6
     assert gradients < 1e-6
 
@@ -93,12 +93,6 @@ def test_same_loss_and_gradients_with_the_published_batch_statistics() -> None:
     loss, gradients = gaps(SMALL, VARIANTS["exact"])
     assert loss < 1e-6
     assert gradients < 1e-6
-
-
-def test_only_batch_statistics_set_our_step_apart() -> None:
-    loss, gradients = gaps(SMALL, VARIANTS["same image"])
-    assert 1e-6 < loss < 0.2  # the labelled half is not perturbed: other means and variances
-    assert gradients > 1e-6
 
 
 def test_the_official_step_learns() -> None:

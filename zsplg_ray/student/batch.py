@@ -43,13 +43,15 @@ class Batch:
     mix_label_BHW: Tensor | None = None
     mix_score_BHW: Tensor | None = None
     mix_seed_B: Tensor | None = None
+    x_seed_B: Tensor | None = None
+    """int64, with unimatch.same_image: seeds of the labelled images' feature dropout."""
     bad: int = 0
     """How many images could not be read and were replaced by others."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device; from pinned memory without waiting for the copy.
 
-        `u_seed_B` and `mix_seed_B` stay on the CPU, where everything is drawn: asking a GPU for
+        Seeds stay on the CPU, where everything is drawn: asking a GPU for
         them would make the CPU wait for it.
         """
         return self._each(

@@ -231,6 +231,7 @@ class _Steps(Dataset[_Step]):
             mix_label_BHW=mix.maps[0],
             mix_score_BHW=mix.maps[1],
             mix_seed_B=mix.seed_B,
+            x_seed_B=x.seed_B,
         )
 
 

@@ -45,6 +45,9 @@ class Perturbation(NamedTuple):
 
     low_BC: Tensor
     high_BC: Tensor
+    wanted: int
+    """For how many of the last images logits are wanted. The others only take part in the
+    decoder's batch statistics."""
 
 
 class DeepLabV3Plus(nn.Module):
@@ -96,25 +99,32 @@ class DeepLabV3Plus(nn.Module):
             perturbation: For how many of the last images, and how; None for none.
 
         Returns:
-            Logits [B, K, H, W], and [B', K, H, W] for the B' images that are perturbed (None
-            without a perturbation).
+            Logits [B, K, H, W], and [B', K, H, W] of the B' = `wanted` last images, perturbed
+            (None without a perturbation).
         """
         low, high = self.backbone(image_BCHW)
-        if perturbation is not None:
-            last = len(perturbation.low_BC)
-            low = torch.cat([low, low[-last:] * perturbation.low_BC[:, :, None, None]])
-            high = torch.cat([high, high[-last:] * perturbation.high_BC[:, :, None, None]])
-        logits = self._decode(low, high)
         size_hw = image_BCHW.shape[-2:]
-        logits = F.interpolate(logits, size=size_hw, mode="bilinear", align_corners=True)
         if perturbation is None:
-            return logits, None
-        return logits[: len(image_BCHW)], logits[len(image_BCHW) :]
+            return self._logits(self._features(low, high), size_hw), None
+        last, images = len(perturbation.low_BC), len(image_BCHW)
+        low = torch.cat([low, low[-last:] * perturbation.low_BC[:, :, None, None]])
+        high = torch.cat([high, high[-last:] * perturbation.high_BC[:, :, None, None]])
+        features = self._features(low, high)
+        perturbed = features[len(features) - perturbation.wanted :]
+        return self._logits(features[:images], size_hw), self._logits(perturbed, size_hw)
 
-    def _decode(self, low: Tensor, high: Tensor) -> Tensor:
+    def small_logits(self, image_BCHW: Tensor) -> Tensor:
+        """Logits [B, K, h, w] at the size of the low-level features, before they are enlarged."""
+        return self.classifier(self._features(*self.backbone(image_BCHW)))
+
+    def _features(self, low: Tensor, high: Tensor) -> Tensor:
         high = self.head(high)
         high = F.interpolate(high, size=low.shape[-2:], mode="bilinear", align_corners=True)
-        return self.classifier(self.fuse(torch.cat([self.reduce(low), high], dim=1)))
+        return self.fuse(torch.cat([self.reduce(low), high], dim=1))
+
+    def _logits(self, features: Tensor, size_hw: torch.Size) -> Tensor:
+        small = self.classifier(features)
+        return F.interpolate(small, size=size_hw, mode="bilinear", align_corners=True)
 
     def train(self, mode: bool = True) -> DeepLabV3Plus:
         """As any module; with `frozen_bn` batch normalisation stays in evaluation mode."""

@@ -130,7 +130,7 @@ class GivenDropout(nn.Module):
 
     def __init__(self, perturbation: Perturbation) -> None:
         super().__init__()
-        self.factors = list(perturbation)
+        self.factors = [perturbation.low_BC, perturbation.high_BC]
 
     def forward(self, level_BCHW: Tensor) -> Tensor:
         """The low-level features are asked for first, then the high-level ones, and so on."""
@@ -154,7 +154,7 @@ class OfficialModel(DeepLabV3Plus):
         if need_fp:
             low = torch.cat([low, self.dropout(low)])
             high = torch.cat([high, self.dropout(high)])
-        logits = self._decode(low, high)
+        logits = self.classifier(self._features(low, high))
         size_hw = image_BCHW.shape[-2:]
         logits = F.interpolate(logits, size=size_hw, mode="bilinear", align_corners=True)
         if need_fp:

@@ -157,8 +157,7 @@ class Predictor:
         """The decoder's logits, float32 [1, K, h, w], of the image as the model sees it."""
         image_BCHW = self._sent(_smaller(image_HWC, self.max_side_px)).permute(0, 3, 1, 2)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            low, high = self.model.backbone(normalise(image_BCHW))
-            logits = self.model._decode(low, high).float()
+            logits = self.model.small_logits(normalise(image_BCHW)).float()
         if not torch.isfinite(logits).all():
             raise WorkError("the model gives no numbers (inf or nan): its weights are broken")
         return logits.contiguous()

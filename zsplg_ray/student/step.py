@@ -131,6 +131,8 @@ def _losses(
             logits, _ = state.net(state.laid_out(views.x_BCHW))
         smoothing = config.unimatch.label_smoothing
         return supervised_loss(logits, views.x_label_BHW, counts[0], smoothing), none
+    # Before the passes below move the running statistics, as the released code has it.
+    mix_logits = _partner_logits(state, views)
     with state.autocast():
         perturbation = _perturbation(state, batch, config)
         together = state.laid_out(torch.cat([views.x_BCHW, views.weak_BCHW]))
@@ -143,7 +145,7 @@ def _losses(
         prediction = predict(weak_logits, probability=needs_probability(config.fusion))
         zeroshot = (batch.u_label_BHW, batch.u_score_BHW, batch.u_padding_BHW)
         own = _fused(state, config, prediction, zeroshot)
-        other = _partner_targets(state, config, views, own)
+        other = _partner_targets(state, config, batch, mix_logits, own)
         first, second = (paste(own, other, box) for box in views.boxes)
         pixels = _pixels(prediction, own, batch, config.unimatch.conf_thresh)
     logits_s1, logits_s2 = logits_s.chunk(2)
@@ -163,34 +165,44 @@ def _losses(
 
 
 def _perturbation(state: TrainState, batch: Batch, config: TrainConfig) -> Perturbation:
-    """Which channels of the unlabelled images fall."""
+    """Which channels of the unlabelled images fall; of the labelled ones too where batch
+    statistics are to be those of UniMatch's released code.
+    """
     dropout, device = config.unimatch.feature_dropout, batch.u_image_BCHW.device
     low, high = state.model.channels
-    seeds = batch.u_seed_B.cpu()
+    seed_B = batch.u_seed_B
+    if batch.x_seed_B is not None:
+        seed_B = torch.cat([batch.x_seed_B, seed_B])
     return Perturbation(
-        channel_keep(seeds, low, dropout, 0).to(device),
-        channel_keep(seeds, high, dropout, 1).to(device),
+        channel_keep(seed_B, low, dropout, 0).to(device),
+        channel_keep(seed_B, high, dropout, 1).to(device),
+        wanted=len(batch.u_seed_B),
     )
 
 
-def _partner_targets(state: TrainState, config: TrainConfig, views: Views, own: Targets) -> Targets:
+def _partner_logits(state: TrainState, views: Views) -> Tensor | None:
+    """Logits of another view of the same images, where CutMix pastes from those."""
+    if views.batch.mix_image_BCHW is None:
+        return None
+    boxed_B = (views.boxes[0] | views.boxes[1]).flatten(1).any(1)
+    return state.teach(normalise(views.batch.mix_image_BCHW), only=boxed_B)
+
+
+def _partner_targets(
+    state: TrainState, config: TrainConfig, batch: Batch, mix_logits: Tensor | None, own: Targets
+) -> Targets:
     """The targets of what CutMix pastes from."""
-    batch = views.batch
     if (
-        batch.mix_image_BCHW is None
+        mix_logits is None
         or batch.mix_label_BHW is None
         or batch.mix_score_BHW is None
         or batch.mix_padding_BHW is None
     ):
-        order = partner(len(own.class_BHW)).to(own.class_BHW.device)
-        soft = None if own.soft_BKHW is None else own.soft_BKHW[order]
-        return Targets(own.class_BHW[order], own.keep_BHW[order], own.valid_BHW[order], soft)
-    boxed_B = (views.boxes[0] | views.boxes[1]).flatten(1).any(1)
-    logits_BKHW = state.teach(normalise(batch.mix_image_BCHW), only=boxed_B)
+        return own.at(partner(len(own.class_BHW)).to(own.class_BHW.device))
     return _fused(
         state,
         config,
-        predict(logits_BKHW, probability=needs_probability(config.fusion)),
+        predict(mix_logits, probability=needs_probability(config.fusion)),
         (batch.mix_label_BHW, batch.mix_score_BHW, batch.mix_padding_BHW),
     )
 
