@@ -491,8 +491,8 @@ class TrainConfig(Section):
     """SRC of labelled images: VOC root, split file of image and mask, COCO json; others with
     --labeled-masks."""
     labeled_masks: str | None = None
-    """Their masks, where they do not come with --labeled: a folder of PNGs, a run's folder. None: they
-    do."""
+    """Their masks, where they do not come with --labeled: a folder of PNGs, a run's folder.
+    None: they do."""
     unlabeled: str | None = None
     """SRC of unlabelled images; masks are not looked for. None: training on labelled ones only."""
     zeroshot: str | None = None
@@ -610,8 +610,8 @@ class DemoConfig(Section):
 
     out: str = "zsplg_demo"
     """Folder to write to. The same command again does only what is missing."""
-    n: Annotated[int, Range(1, 10_000)] = 100
-    """Scenes, [1, 10000]."""
+    n: Annotated[int, Range(2, 10_000)] = 100
+    """Scenes, [2, 10000]."""
     embedder: Literal["gem", "crop", "both"] = "both"
     """Which way of naming segments to show."""
     epochs: Annotated[int, Range(0, 10_000)] = 60

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zsplg_ray.cluster.crew import Crew, _capacity, check_batches, plan_crew
-from zsplg_ray.config import LoopConfig, WorkersConfig
+from zsplg_ray.config import TrainConfig, WorkersConfig
+from zsplg_ray.settings import from_mapping
+
+
+def training(labelled: int, unlabelled: int, **changes) -> TrainConfig:
+    values = {"labeled": "l", "unlabeled": "u", "out": "o", **changes}
+    batches = {"train.batch_labeled": labelled, "train.batch_unlabeled": unlabelled}
+    return from_mapping(TrainConfig, {**batches, **values})
 
 
 def plan(*nodes: tuple[float, float], device="auto", growing=False, **config) -> Crew:
@@ -93,7 +100,20 @@ def test_what_ray_and_torch_are_told():
 
 def test_every_part_of_a_step_holds_an_image():
     crew = Crew(2, None, 0, 1)
-    check_batches(LoopConfig(batch_labeled=2, batch_unlabeled=2), crew, unlabeled=True)
-    check_batches(LoopConfig(batch_labeled=2, batch_unlabeled=1), crew, unlabeled=False)
+    check_batches(training(2, 2), crew)
     with pytest.raises(ValueError, match=r"train.batch_unlabeled must be >= 2, one for each of 2"):
-        check_batches(LoopConfig(batch_labeled=2, batch_unlabeled=1), crew, unlabeled=True)
+        check_batches(training(2, 1), crew)
+    check_batches(training(4, 1, unlabeled=None), crew)
+    check_batches(training(2, 1, unlabeled=None, **{"student.frozen_bn": True}), crew)
+    with pytest.raises(ValueError, match=r"train.batch_labeled must be >= 4, two in each part"):
+        check_batches(training(3, 1, unlabeled=None), crew)
+
+
+def test_no_cutmix_with_one_image_is_told(caplog):
+    crew = Crew(2, None, 0, 1)
+    check_batches(training(2, 4), crew)
+    check_batches(training(2, 2, **{"unimatch.same_image": True}), crew)
+    check_batches(training(2, 2, **{"augment.cutmix": 0.0}), crew)
+    assert not caplog.records
+    check_batches(training(2, 3), crew)
+    assert "so no CutMix" in caplog.text

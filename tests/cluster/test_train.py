@@ -129,6 +129,7 @@ def test_a_run_from_end_to_end(straight, world, caplog):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_do_what_one_does_and_out_may_be_an_object_store(
     ray_local, world, tmp_path, bucket, monkeypatch
 ):
@@ -155,6 +156,7 @@ def test_two_workers_do_what_one_does_and_out_may_be_an_object_store(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_goes_on(
     straight, world, tmp_path, monkeypatch, caplog
 ):

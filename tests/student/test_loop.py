@@ -214,7 +214,7 @@ def test_validation_counts_each_image_once_however_many_ranks(world):
     for row in data.validation.to_pylist():
         label_HW, _ = predictor.predict(decode_image(read_bytes(row["uri"])))
         counts += confusion(data.validation_truth.read(row["image_id"]), label_HW, 9)
-    assert whole is not None and whole == scores(counts, data.classes.names)
+    assert whole == scores(counts, data.classes.names) | {"unreadable": 0}
 
     class Kept(Ranks):
         def sum(self, tensor):
@@ -244,7 +244,7 @@ def test_a_validation_image_that_has_gone_is_left_out(world, caplog):
     model = start(config, data).model
     result = validator(replace(data, validation=gone), config, RANKS)(model)
     assert result is not None and result["pixels"] == (len(uris) - 1) * 128 * 128
-    assert "left out" in caplog.text
+    assert "left out" in caplog.text and result["unreadable"] == 1
 
 
 def test_a_loss_that_is_no_number_stops_the_work():
@@ -252,3 +252,38 @@ def test_a_loss_that_is_no_number_stops_the_work():
     meter.add(torch.full((len(SUMS) + 5,), math.nan, dtype=torch.float64), [])
     with pytest.raises(WorkError, match=r"lower optim.lr"):
         meter.read()
+
+
+def test_a_validation_without_a_score_is_never_the_best_after_one_with(world):
+    config = config_of(world, **{"train.epochs": 4})
+    data = TrainingData.open(config)
+    answers = iter([None, 0.3, None, 0.2])
+    reports = []
+
+    def validate(model):
+        return {"miou": next(answers), "iou": {}, "unreadable": 0}
+
+    state = start(config, data)
+    source = batches(data, config, first_step=0, steps=state.schedule.steps)
+    fit(
+        config,
+        state,
+        source,
+        ranks=RANKS,
+        validate=validate,
+        report=lambda told, now: reports.append(told.best),
+    )
+    assert reports == [True, True, False, False]
+    assert state.best is not None and state.best["val_miou"] == 0.3
+
+
+def test_synchronised_batch_normalisation_keeps_the_activations_of_timm(world):
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    config = config_of(world)  # its backbone has normalisation and activation in one module
+    model = start(config, TrainingData.open(config)).model.eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)[0]
+        after = convert_sync_batchnorm(model)(image)[0]
+    torch.testing.assert_close(before, after)

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from zsplg_ray.config import EvaluateConfig, LabelConfig, TrainConfig
 from zsplg_ray.masks import Truth, open_truth
 from zsplg_ray.records import IGNORE, decode_png
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.settings import from_mapping, override
+from zsplg_ray.settings import fingerprint, from_mapping, override
 from zsplg_ray.shapes.recipe import TRAIN_SETTINGS, with_weights
 from zsplg_ray.shapes.scenes import write_voc
 from zsplg_ray.student.data import TrainingData
@@ -76,15 +76,37 @@ class World:
     labelled: int = 24
     unlabelled: int = 240
     held_out: int = 100
+    seconds: float = 90.0
+
+    @property
+    def pool(self) -> Path:
+        """Scenes to train on."""
+        return self.out / f"pool_{self.labelled + self.unlabelled}"
+
+    @property
+    def test(self) -> Path:
+        """Scenes that judge."""
+        return self.out / f"test_{self.held_out}"
+
+    @property
+    def labels(self) -> Path:
+        """The zero-shot labels of the pool."""
+        return self.out / f"{self.embedder}_{self.labelled + self.unlabelled}"
+
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on beside its arm and seed."""
+        values = asdict(self)
+        del values["out"]
+        return values
 
 
 def make_world(world: World) -> None:
     """Scenes to train on, scenes to judge by, and zero-shot labels of the former."""
-    out, pool = world.out, world.labelled + world.unlabelled
-    for name, n, seed in (("pool", pool, POOL_SEED), ("test", world.held_out, 0)):
-        if not (out / name / "ImageSets" / "Segmentation" / "val.txt").exists():
-            write_voc(out / name, n, seed)
-    given = {"images": str(out / "pool"), "classes": "shapes", "out": str(out / world.embedder)}
+    pool = world.labelled + world.unlabelled
+    for folder, n, seed in ((world.pool, pool, POOL_SEED), (world.test, world.held_out, 0)):
+        if not (folder / "ImageSets" / "Segmentation" / "val.txt").exists():
+            write_voc(folder, n, seed)
+    given = {"images": str(world.pool), "classes": "shapes", "out": str(world.labels)}
     models = {"sam.model": "shapes", "clip.model": "shapes", "clip.embedder": world.embedder}
     label(from_mapping(LabelConfig, {**given, **models}))
 
@@ -117,15 +139,14 @@ def write_splits(folder: Path, chosen: Sequence[str], every: Sequence[str]) -> d
 
 def arm_config(world: World, arm: str, seed: int) -> TrainConfig:
     """The settings of one arm; writes the split files that they name."""
-    out, embedder = world.out, world.embedder
-    truth = open_truth(str(out / "pool"))
+    truth = open_truth(str(world.pool))
     chosen = truth.ids if arm == "ceiling" else few_labelled(truth, world.labelled, seed)
-    splits = write_splits(out / "splits" / f"{len(chosen)}_{seed}", chosen, truth.ids)
-    values = {**TRAIN_SETTINGS, **splits, "root": str(out / "pool")}
-    values |= {"zeroshot": str(out / embedder), "train.precision": world.precision}
+    splits = write_splits(world.out / "splits" / f"{len(chosen)}_{seed}", chosen, truth.ids)
+    values = {**TRAIN_SETTINGS, **splits, "root": str(world.pool)}
+    values |= {"zeroshot": str(world.labels), "train.precision": world.precision}
     values |= {"classes": "shapes", "out": "-", "train.seed": seed, **ARMS[arm]}
     if values.get("fusion.min_score", 0) is None:
-        values["fusion.min_score"] = trusted_score(out / embedder, truth, chosen)
+        values["fusion.min_score"] = trusted_score(world.labels, truth, chosen)
     return with_weights(from_mapping(TrainConfig, values))
 
 
@@ -190,23 +211,19 @@ def run_arm(world: World, arm: str, seed: int, steps: int) -> dict[str, Any]:
     source = batches(data, config, first_step=0, steps=schedule.steps)
     fit(config, state, source, ranks=ranks, validate=validator(data, config, ranks), report=keep)
     took = time.process_time() - began
-    judge = judged(world.out, config)
-    row: dict[str, Any] = {"arm": arm, "seed": seed, "embedder": world.embedder}
+    judge = judged(world, config)
+    row: dict[str, Any] = {"arm": arm, "seed": seed, "world": world.settings()}
     row |= {"steps": schedule.steps, "min_score": config.fusion.min_score}
     row |= {"cpu_s": round(took, 1), "last": judge(state.model)}
     state.model.load_state_dict(best)
     return row | {"best": judge(state.model), "best_epoch": (state.best or {}).get("epoch")}
 
 
-def judged(out: Path, config: TrainConfig) -> Any:
+def judged(world: World, config: TrainConfig) -> Any:
     """What scores a model on the held-out scenes: mIoU in [0, 1]."""
-    ids = open_truth(str(out / "test"))
-    held_out = from_mapping(
-        TrainConfig,
-        {"labeled": str(out / "test"), "out": "-", "classes": "shapes", "train.holdout": 0.0},
-    )
-    test = TrainingData.open(held_out)
-    test = replace(test, validation=test.labelled, validation_truth=ids)
+    given = {"labeled": str(world.test), "out": "-", "classes": "shapes", "train.holdout": 0.0}
+    test = TrainingData.open(from_mapping(TrainConfig, given))
+    test = replace(test, validation=test.labelled, validation_truth=test.truth)
     validate = validator(test, config, Ranks())
     return lambda model: validate(model)["miou"]  # type: ignore[index]
 
@@ -252,17 +269,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = (args.labelled, args.unlabelled, args.held_out)
-    world = World(args.out, args.embedder, args.precision, *sizes)
+    world = World(args.out, args.embedder, args.precision, *sizes, args.seconds)
     make_world(world)
     file = args.out / "results.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    have = {(r["arm"], r["seed"], r["embedder"]) for r in done}
-    steps = _steps(world, args.seconds)
+    done = [row for row in done if row["world"] == world.settings()]
+    have = {(row["arm"], row["seed"]) for row in done}
+    steps = _steps(world)
     jobs = [
         (world, arm, seed, steps[arm])
         for seed in range(args.seeds)
         for arm in args.arms
-        if (arm, seed, args.embedder) not in have
+        if (arm, seed) not in have
     ]
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
         for row in pool.imap_unordered(_star, jobs, chunksize=1):
@@ -270,20 +288,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             with file.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
             sys.stderr.write(f"{row}\n")
-    of_labels = evaluate(
-        EvaluateConfig(labels=str(args.out / args.embedder), truth=str(args.out / "pool"))
-    )
-    shown = [r for r in done if r["embedder"] == args.embedder]
-    sys.stdout.write(table(shown, of_labels["miou"]) + "\n")
+    of_labels = evaluate(EvaluateConfig(labels=str(world.labels), truth=str(world.pool)))
+    sys.stdout.write(table(done, of_labels["miou"]) + "\n")
     return 0
 
 
-def _steps(world: World, seconds: float) -> dict[str, int]:
+def _steps(world: World) -> dict[str, int]:
     """Arm -> steps that take so many CPU seconds; measured once a folder."""
-    file = world.out / f"steps_{world.precision}_{seconds:g}.json"
+    file = world.out / f"steps_{fingerprint(world.settings())}.json"
     if not file.exists():
         each = seconds_a_step([arm_config(world, arm, 0) for arm in ARMS])
-        found = {arm: round(seconds / one) for arm, one in zip(ARMS, each, strict=True)}
+        found = {arm: round(world.seconds / one) for arm, one in zip(ARMS, each, strict=True)}
         file.write_text(json.dumps(found))
     return json.loads(file.read_text())
 

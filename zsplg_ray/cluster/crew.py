@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zsplg_ray.config import LoopConfig, WorkersConfig
+from zsplg_ray.config import TrainConfig, WorkersConfig
 from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
@@ -83,11 +83,16 @@ def plan_crew(config: WorkersConfig, nodes: Sequence[Node], device: str, growing
     return crew
 
 
-def check_batches(train: LoopConfig, crew: Crew, unlabeled: bool) -> None:
-    """Every part of every worker's share of a step holds an image. Raises: ValueError."""
+def check_batches(config: TrainConfig, crew: Crew) -> None:
+    """Every part of every worker's share of a step holds enough images. Raises: ValueError.
+
+    One labelled image is enough beside an unlabelled one; alone it has no batch statistics. CutMix
+    with another image of the batch takes two: with one, it is told that there will be none.
+    """
+    train = config.train
     least = crew.num * train.accumulate
     batches = {"train.batch_labeled": train.batch_labeled}
-    if unlabeled:
+    if config.unlabeled is not None:
         batches["train.batch_unlabeled"] = train.batch_unlabeled
     for name, batch in batches.items():
         if batch < least:
@@ -95,6 +100,18 @@ def check_batches(train: LoopConfig, crew: Crew, unlabeled: bool) -> None:
             rule += f" times train.accumulate ({train.accumulate})" if train.accumulate > 1 else ""
             fix = "raise it, or lower workers.num or train.accumulate"
             raise ValueError(complain(name, rule, batch, fix))
+    alone = config.unlabeled is None and train.batch_labeled < 2 * least
+    if alone and not config.student.frozen_bn:
+        rule = f">= {2 * least}, two in each part of a step, for batch statistics"
+        fix = "raise it, or set --student.frozen-bn"
+        raise ValueError(complain("train.batch_labeled", rule, train.batch_labeled, fix))
+    mixes = config.unlabeled is not None and config.augment.cutmix > 0
+    if mixes and not config.unimatch.same_image and train.batch_unlabeled < 2 * least:
+        log.warning(
+            "train.batch_unlabeled %d: some parts of a step have one image and no other to paste "
+            "from, so no CutMix; raise it, or set --unimatch.same-image",
+            train.batch_unlabeled,
+        )
 
 
 def _capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:

@@ -54,29 +54,33 @@ class ZeroShotRun:
         check_same(classes, ClassList.from_dict(run["classes"]), "zero-shot labels")
         return cls(folder, run["labels_fingerprint"])
 
-    def places(self) -> dict[str, str]:
-        """Image id without suffix -> where its label stands; of an image's labels the first."""
-        ids = self.folder.map_parts(
+    def places(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Address of an image -> where its label stands, and the same by id without suffix; of an
+        image's labels the first.
+        """
+        parts = self.folder.map_parts(
             self.folder.parts("labels"),
-            lambda n: self.folder.read_part("labels", n, ["image_id"])["image_id"].to_pylist(),
+            lambda n: self.folder.read_part("labels", n, ["image_id", "uri"]).to_pydict(),
         )
-        found: dict[str, str] = {}
-        for name, part in ids.items():
-            for row, image_id in enumerate(part):
-                found.setdefault(image_key(image_id), f"{name} {row}")
-        return found
+        by_uri: dict[str, str] = {}
+        by_key: dict[str, str] = {}
+        for name, part in parts.items():
+            for row, (image_id, uri) in enumerate(zip(part["image_id"], part["uri"], strict=True)):
+                by_uri.setdefault(uri, f"{name} {row}")
+                by_key.setdefault(image_key(image_id), f"{name} {row}")
+        return by_uri, by_key
 
     def joined(self, manifest: pa.Table) -> pa.Table:
         """The manifest with a column `zeroshot`, null where an image has no label.
 
         Raises: ValueError if none has one.
         """
-        places = self.places()
-        ids = manifest["image_id"].to_pylist()
-        column = [places.get(image_key(image_id)) for image_id in ids]
+        by_uri, by_key = self.places()
+        rows = manifest.to_pylist()
+        column = [by_uri.get(r["uri"]) or by_key.get(image_key(r["image_id"])) for r in rows]
         if not any(column):
-            fix = f"its images are called such as {next(iter(places), 'nothing')!r}"
-            shown = f"{self.folder.uri} for images such as {ids[0]!r}"
+            fix = f"its images are called such as {next(iter(by_key), 'nothing')!r}"
+            shown = f"{self.folder.uri} for images such as {rows[0]['image_id']!r}"
             raise ValueError(complain("fuse", "a run over the same images", shown, fix))
         return manifest.append_column("zeroshot", pa.array(column, pa.string()))
 

@@ -47,7 +47,7 @@ def _sheet(folder: RunFolder, data: TrainingData, zeroshot: str | None) -> bytes
     if not ids:
         return None
     predictor = Predictor(load_student(folder.uri))
-    labels = _labels(zeroshot, ids)
+    labels = _labels(zeroshot, ids, uris)
     shots = []
     for i, (image_id, uri) in enumerate(zip(ids, uris, strict=True)):
         try:
@@ -64,10 +64,10 @@ def _sheet(folder: RunFolder, data: TrainingData, zeroshot: str | None) -> bytes
     return contact_sheet(shots, data.classes) if shots else None
 
 
-def _labels(zeroshot: str | None, ids: list[str]) -> ZeroShot | None:
+def _labels(zeroshot: str | None, ids: list[str], uris: list[str]) -> ZeroShot | None:
     """Zero-shot labels of these images; None if there are none."""
     try:
-        return find_labels(zeroshot, ids) if zeroshot is not None else None
+        return find_labels(zeroshot, ids, uris) if zeroshot is not None else None
     except ValueError:
         return None  # they are of other images
 

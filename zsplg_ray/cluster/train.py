@@ -42,7 +42,7 @@ from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.pipeline import only_run
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
-from zsplg_ray.cluster.track import Tracker
+from zsplg_ray.cluster.track import Tracker, store_uri
 from zsplg_ray.cluster.trainrun import (
     CHECKPOINTS,
     describe_training,
@@ -106,7 +106,8 @@ def summary(run: Mapping[str, Any], out: str) -> str:
     told = f"{last['epoch']} epochs in {duration(run['seconds'])}"
     if best["val_miou"] is not None:
         told += f"; val mIoU {best['val_miou']:.4f} at epoch {best['epoch']}, the best, "
-        told += f"and {last['val_miou']:.4f} at the end"
+        if last["val_miou"] is not None:
+            told += f"and {last['val_miou']:.4f} at the end"
     lines = [told, f"model: {out}/best.pt"]
     if run["preview"]:
         lines.append(f"pictures: {out}/{run['preview']}")
@@ -180,14 +181,15 @@ def _work(job: Job, run: dict[str, Any]) -> None:
     """Train, and keep train.json true, however this ends."""
     folder = job.folder
     known = run["mlflow"] or {}
-    tracker = Tracker(job.config.mlflow, folder, known.get("run_id"))
+    here = known.get("uri") == store_uri(job.config.mlflow, folder)  # else a tag finds it
+    tracker = Tracker(job.config.mlflow, folder, known.get("run_id") if here else None)
     watcher = Watcher(folder, tracker, show=not job.config.quiet)
     began = time.monotonic()
     state = "failed"
     try:
         with ray_session(job.config.ray):
             crew = _crew(job.config)
-            check_batches(job.config.train, crew, job.config.unlabeled is not None)
+            check_batches(job.config, crew)
             _begin(job, run, crew, watcher)
             if not is_finished(run):
                 _fit(replace(job, gpus=crew.gpus, threads=crew.threads), crew)
@@ -236,8 +238,10 @@ def _tell(job: Job, run: Mapping[str, Any]) -> None:
 def _fit(job: Job, crew: Crew) -> None:
     """Run Ray Train. Raises: WorkError, or ValueError for input that turned out to be bad."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # else a report takes 2 s
-    # Importing torch from a shared disk takes its time; Ray would start all over after a minute.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    if crew.least is None:
+        # Importing torch from a shared disk takes its time, and Ray starts all over after a minute.
+        # Elastic workers must not wait for long: they try the lost node's room once more first.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     folder = job.folder
     num = crew.num if crew.least is None else (crew.least, crew.num)
     debug = log.isEnabledFor(logging.DEBUG)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import re
 import time
 import uuid
@@ -34,6 +35,8 @@ from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import WorkError, complain, fingerprint, flatten
 from zsplg_ray.vocab import ClassList
+
+log = logging.getLogger(__name__)
 
 FILE = "train.json"
 CHECKPOINTS = "checkpoints"
@@ -161,6 +164,10 @@ def refuse_other_training(folder: RunFolder, run: Mapping[str, Any]) -> dict[str
     for name, before, now in pairs:
         if before != now:
             raise ValueError(complain(name, f"{before} as in {folder.uri}", now, fix))
+    for name in ("labeled_masks", "val_masks"):
+        before, now = old["config"].get(name), run["config"][name]
+        if before != now:
+            log.warning("%s was %s in %s: taken to be the same masks", name, before, folder.uri)
     return old
 
 
@@ -250,7 +257,12 @@ def note_failure(folder: RunFolder, attempt: str, worker: int, error: str) -> No
     if run is None or run["attempt"] != attempt:
         return
     epoch = run["last"]["epoch"] if run["last"] is not None else 0
-    note = {"worker": worker, "error": error, "epoch": epoch, "time": round(time.time(), 3)}
+    note = {
+        "worker": worker,
+        "error": " ".join(error.split()),
+        "epoch": epoch,
+        "time": round(time.time(), 3),
+    }
     run["failures"] = [*run.get("failures", []), note]
     write_training(folder, run)
 

@@ -111,6 +111,8 @@ def line(
     parts.append(f"{entry['images_per_s']:.1f} images/s")
     if entry.get("unreadable_images"):
         parts.append(f"{entry['unreadable_images']:.0f} images not readable")
+    if entry.get("val_unreadable_images"):
+        parts.append(f"{entry['val_unreadable_images']:.0f} validation images not readable")
     left = schedule["steps"] - entry["step"]
     if left:
         each = schedule["images_per_step"] / entry["images_per_s"]

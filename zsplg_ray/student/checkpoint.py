@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from zsplg_ray.config import StudentConfig
 from zsplg_ray.settings import complain, flatten, from_mapping
 from zsplg_ray.storage import Place
+from zsplg_ray.student.convolutions import make_lean
 from zsplg_ray.student.model import DeepLabV3Plus
 from zsplg_ray.vocab import ClassList, class_list
 
@@ -157,7 +158,9 @@ def build(config: StudentConfig, n_classes: int) -> DeepLabV3Plus:
     Raises: ValueError if timm has no such backbone.
     """
     with torch.random.fork_rng(devices=[]):
-        return DeepLabV3Plus(config, n_classes)
+        model = DeepLabV3Plus(config, n_classes)
+    make_lean(model)
+    return model
 
 
 def load_init(model: nn.Module, uri: str, name: str = "student.init") -> str:

@@ -15,6 +15,8 @@ Shapes: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 class LeanConv2d(nn.Conv2d):
     """An `nn.Conv2d` with zeros as padding that skips needless work; see the module's text."""
+
+    one_thread = False
 
     def forward(self, input: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W'], as `nn.Conv2d` gives it, up to rounding."""
@@ -32,7 +36,7 @@ class LeanConv2d(nn.Conv2d):
                 weight = weight.narrow(2 + axis, first, count)
             padding.append(rest)
         dilation = self.dilation
-        if weight.shape[2:] == (1, 1) and not input.is_cuda and torch.get_num_threads() == 1:
+        if self.one_thread and weight.shape[2:] == (1, 1) and not input.is_cuda:
             dilation = (2, 2)
         return F.conv2d(input, weight, self.bias, self.stride, padding, dilation, self.groups)
 
@@ -58,3 +62,4 @@ def make_lean(model: nn.Module) -> None:
             if isinstance(module.padding, str):
                 continue
             module.__class__ = LeanConv2d  # a module's parameters have no way into another's
+            cast("LeanConv2d", module).one_thread = torch.get_num_threads() == 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
@@ -100,8 +101,11 @@ def _judge(state: TrainState, meter: Meter, validate: Validate, last: bool) -> R
     miou = None if result is None else result["miou"]
     if miou is not None:
         metrics["val_miou"] = miou
-    # Without validation images the latest is taken to be the best.
-    best = state.best is None or miou is None or miou > state.best["val_miou"]
+    if result is not None and result["unreadable"]:
+        metrics["val_unreadable_images"] = result["unreadable"]
+    old = state.best["val_miou"] if state.best is not None else None
+    # Where nothing has been scored yet, the latest is taken to be the best.
+    best = old is None or (miou is not None and miou > old)
     entry = {"epoch": state.epoch, "step": state.step, **metrics}
     if result is not None:
         entry["iou"] = result["iou"]
@@ -153,12 +157,13 @@ class Meter:
 def validator(data: TrainingData, config: TrainConfig, ranks: Ranks) -> Validate:
     """Scores over the validation images at their own size: each on one rank, counts summed.
 
-    An image that cannot be read is left out, with a warning.
+    An image that cannot be read is left out, with a warning; `unreadable` in the scores says how
+    many they are.
     """
     mine = data.validation.to_pylist()[ranks.rank :: ranks.world]
     names = data.classes.names
 
-    def examples() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def examples(left_out: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for row in mine:
             try:
                 image_HWC = decode_image(read_bytes(row["uri"]))
@@ -166,8 +171,9 @@ def validator(data: TrainingData, config: TrainConfig, ranks: Ranks) -> Validate
                 if truth_HW.shape != image_HWC.shape[:2]:
                     told = f"mask of {truth_HW.shape}, image of {image_HWC.shape[:2]}"
                     raise ValueError(told)
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, pa.ArrowException) as e:
                 log.warning("validation image %s is left out: %s", row["image_id"], e)
+                left_out.append(row["image_id"])
                 continue
             yield image_HWC, truth_HW
 
@@ -175,7 +181,10 @@ def validator(data: TrainingData, config: TrainConfig, ranks: Ranks) -> Validate
         if not len(data.validation):
             return None
         predictor = Predictor(model, precision=config.train.precision)
-        counts = evaluate_model(predictor, examples(), len(names))
-        return scores(ranks.sum(torch.from_numpy(counts)).cpu().numpy(), names)
+        left_out: list[str] = []
+        counts = evaluate_model(predictor, examples(left_out), len(names))
+        summed = ranks.sum(torch.from_numpy(np.append(counts.ravel(), len(left_out)))).cpu().numpy()
+        result = scores(summed[:-1].reshape(counts.shape), names)
+        return result | {"unreadable": int(summed[-1])}
 
     return validate

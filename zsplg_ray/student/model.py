@@ -183,7 +183,7 @@ def _backbone(config: StudentConfig, pretrained: bool) -> tuple[nn.Module, Chann
     wanted: dict[str, Any] = {"features_only": True, "output_stride": config.output_stride}
     try:
         info: Any = timm.create_model(name, **wanted).feature_info
-    except (RuntimeError, ValueError, TypeError, KeyError) as e:
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as e:
         fix = f"choose one of `timm.list_models()` ({' '.join(str(e).split())[:200]})"
         rule = "a convolutional timm model that can dilate its last stages"
         raise ValueError(complain("student.backbone", rule, name, fix)) from e

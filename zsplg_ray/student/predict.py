@@ -3,7 +3,7 @@
 What enters: uint8 RGB images of any size. What leaves: uint8 class indices and float32 confidences,
 made by the model alone or together with a zero-shot label; and confusion counts against a truth.
 Bulk prediction, evaluation, validation during training and the served model all go through here, so
-they agree to the bit.
+at one precision they agree to the bit.
 
 The decoder's logits are small. They are brought to full size a strip of rows at a time, and only
 the best class is kept of each strip: 20 megapixels in 81 classes would be 6.5 GB otherwise.

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,7 +106,7 @@ class TrainState:
             load_init(model, config.student.init)
         make_lean(model)
         if ranks.world > 1 and ranks.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = convert_sync_batchnorm(model)  # torch's own loses timm's activations
         self._format = torch.channels_last if config.train.channels_last else None
         model.to(ranks.device, memory_format=self._format)  # type: ignore[call-overload]
         self.model = cast("DeepLabV3Plus", model)

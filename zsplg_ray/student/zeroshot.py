@@ -46,7 +46,7 @@ def find_labels(
     Args:
         source: The run's folder.
         image_ids: With or without suffix.
-        uris: Their addresses, by which those are looked for that are not found by id.
+        uris: Their addresses; an image whose address is not found is looked for by its id.
 
     Raises:
         ValueError: no labels are there, a part cannot be read, a relabel was interrupted half-way,
@@ -78,13 +78,10 @@ def find_labels(
         for image_id, uri, *pair in zip(named["image_id"], named["uri"], *cells, strict=True):
             by_key.setdefault(image_key(image_id), (pair[0], pair[1]))
             by_uri.setdefault(uri, (pair[0], pair[1]))
-    none = (None, None)
-    pairs = [by_key.get(image_key(image_id), none) for image_id in image_ids]
-    if uris is not None:
-        pairs = [
-            by_uri.get(uri, none) if pair is none else pair
-            for pair, uri in zip(pairs, uris, strict=True)
-        ]
+    pairs = [
+        by_uri.get(uri) or by_key.get(image_key(image_id), (None, None))
+        for image_id, uri in zip(image_ids, uris or [""] * len(image_ids), strict=True)
+    ]
     if not any(label for label, _ in pairs):
         example = f"{next(iter(by_key), 'no image')!r} there and {image_ids[0]!r} here"
         fix = "label the unlabelled images themselves: their ids have to match"

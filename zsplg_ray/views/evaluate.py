@@ -152,6 +152,9 @@ def open_predictions(config: EvaluateConfig, classes: ClassList | None) -> Label
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        fix = "leave it out, or look at `zsplg doctor`"
+        raise ValueError(complain("device", "cpu where no GPU is found", device, fix))
     predictor = predict.Predictor(student, device=device)
 
     def maps(wanted: Container[str]) -> Iterator[tuple[str, np.ndarray]]:
