@@ -478,8 +478,8 @@ def test_zero_shot_labels_of_a_folder_serve_a_split_file(world, tmp_path):
     [
         ({"labeled_masks": None}, r"labeled must be a source whose.*8-bit RGB.*--labeled-masks"),
         ({"labeled": "MADE/one"}, r"labeled must be images that all have masks, got 1 of 11 .*x9"),
-        ({"labeled": "MADE/nowhere"}, "images must be something that exists"),
-        ({"labeled": "MADE/empty"}, "images must be a source with images in it"),
+        ({"labeled": "MADE/nowhere"}, "labeled must be something that exists"),
+        ({"labeled": "MADE/empty"}, "labeled must be a source with images in it"),
         ({"unlabeled": None}, "unlabeled must be given with zeroshot"),
         ({"zeroshot": "MADE/other"}, "zeroshot must be labels of the unlabelled images"),
         ({"zeroshot": "MADE/half"}, "zeroshot must be whole, got a half relabelled run"),

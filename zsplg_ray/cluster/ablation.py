@@ -49,21 +49,21 @@ LEAST_SCENES = 2
 """Labelled scenes that hold a class, at least."""
 
 WANTED_PRECISION = 0.85
-"""`fusion.min_score` is the least score at which so many of the pixels that the zero-shot labels
-name are right, on the labelled scenes."""
+"""With --trust `fusion.min_score` is the least score from which on so many of the pixels that the
+zero-shot labels name are right, on the labelled scenes."""
+
+FUSING = ("model_else_zeroshot", "zeroshot_else_model", "agree", "mix")
+"""Rules that use both the label and the prediction; without a least score the second is the same as
+`zeroshot`."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "supervised": {"unlabeled": None, "zeroshot": None},
     "unimatch": {"fusion.rule": "unimatch", "zeroshot": None},
     "zeroshot": {"fusion.rule": "zeroshot"},
-    **{
-        rule: {"fusion.rule": rule, "fusion.min_score": None}
-        for rule in ("model_else_zeroshot", "zeroshot_else_model", "agree", "mix")
-    },
+    **{rule: {"fusion.rule": rule} for rule in FUSING},
     "ceiling": {"unlabeled": None, "zeroshot": None},
 }
-"""Arm -> what it changes; a min_score of None is chosen on the labelled scenes. `ceiling` is
-supervised training on the true masks of all scenes."""
+"""Arm -> what it changes. `ceiling` is supervised training on the true masks of all scenes."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class World:
     unlabelled: int = 240
     held_out: int = 100
     seconds: float = 90.0
+    trust: bool = False
+    """Whether `fusion.min_score` is chosen on the labelled scenes; else it is 0."""
 
     @property
     def pool(self) -> Path:
@@ -145,7 +147,7 @@ def arm_config(world: World, arm: str, seed: int) -> TrainConfig:
     values = {**TRAIN_SETTINGS, **splits, "root": str(world.pool)}
     values |= {"zeroshot": str(world.labels), "train.precision": world.precision}
     values |= {"classes": "shapes", "out": "-", "train.seed": seed, **ARMS[arm]}
-    if values.get("fusion.min_score", 0) is None:
+    if world.trust and arm in FUSING:
         values["fusion.min_score"] = trusted_score(world.labels, truth, chosen)
     return with_weights(from_mapping(TrainConfig, values))
 
@@ -264,12 +266,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--unlabelled", type=int, default=240, help="scenes without")
     parser.add_argument("--held-out", type=int, default=100, help="scenes that judge")
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--trust", action="store_true", help="choose fusion.min_score")
     parser.add_argument("--processes", type=int, default=1, help="trainings at a time")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)
     sizes = (args.labelled, args.unlabelled, args.held_out)
-    world = World(args.out, args.embedder, args.precision, *sizes, args.seconds)
+    world = World(args.out, args.embedder, args.precision, *sizes, args.seconds, args.trust)
     make_world(world)
     file = args.out / "results.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -158,8 +158,11 @@ def _with_masks(
     name: str, images: str, masks: str | None, root: str | None
 ) -> tuple[pa.Table, Truth]:
     """The images of a source and their masks, which all must have."""
-    table = list_images(images, root=root)
-    truth = open_truth(masks or images, root=root)
+    table = _list_named(name, images, root)
+    try:
+        truth = open_truth(masks or images, root=root)
+    except ValueError as e:
+        raise ValueError(_renamed(e, "truth", f"{name}_masks" if masks else name)) from e
     ids = table["image_id"].to_pylist()
     without = [image_id for image_id in ids if not truth.has(image_id)]
     if without:
@@ -172,6 +175,19 @@ def _with_masks(
     return table, truth
 
 
+def _list_named(name: str, source: str, root: str | None) -> pa.Table:
+    """`list_images`, whose errors name the setting that the source was given by."""
+    try:
+        return list_images(source, root=root)
+    except ValueError as e:
+        raise ValueError(_renamed(e, "images", name)) from e
+
+
+def _renamed(error: ValueError, before: str, name: str) -> str:
+    told = str(error)
+    return f"{name}{told[len(before) :]}" if told.startswith(f"{before} must ") else told
+
+
 def _unlabeled(config: TrainConfig, validation: pa.Table) -> tuple[pa.Table, ZeroShot | None]:
     """The unlabelled images that may be trained on, with their zero-shot labels."""
     if config.unlabeled is None:
@@ -180,17 +196,20 @@ def _unlabeled(config: TrainConfig, validation: pa.Table) -> tuple[pa.Table, Zer
             raise ValueError(complain("unlabeled", "given with zeroshot", "nothing", fix))
         empty = pa.table({name: pa.array([], pa.string()) for name in ("image_id", "uri")})
         return _with_uris(empty, None), None
-    table = list_images(config.unlabeled, root=config.root)
+    table = _list_named("unlabeled", config.unlabeled, config.root)
     known = _known(table, validation)
     if all(known):
         fix = "give others; if they are others that only have the same names, rename them"
         shown = f"all {len(table)} among those that are held out for validation"
         raise ValueError(complain("unlabeled", "images that may be trained on", shown, fix))
     if any(known):
-        log.info(
-            "%d of %d unlabelled images are held out for validation, and not trained on",
+        # Of our own hold-out that is as it should be; with --val it may be a matter of mere names.
+        log.log(
+            logging.INFO if config.val is None else logging.WARNING,
+            "%d of %d unlabelled images are held out for validation, such as %s, and not trained on",
             sum(known),
             len(table),
+            table["image_id"][known.index(True)].as_py(),
         )
         table = table.filter(pa.array([not k for k in known]))
     if config.zeroshot is None:
