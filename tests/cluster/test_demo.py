@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_lo
 
 
 def test_demo_prints_scores_and_makes_pictures(tmp_path, capsys):
-    command = ["demo", "--out", str(tmp_path / "demo"), "--n", "12"]
+    command = ["demo", "--out", str(tmp_path / "demo"), "--n", "12", "--epochs", "2"]
     assert cli.main(command) == 0
     told = capsys.readouterr().out
     for embedder in ("crop", "gem"):
@@ -20,6 +20,9 @@ def test_demo_prints_scores_and_makes_pictures(tmp_path, capsys):
         assert min(Image.open(io.BytesIO(sheet.read_bytes())).size) > 300
     scores = [float(line.split()[1]) for line in told.splitlines() if line.startswith("miou")]
     assert len(scores) == 2 and min(scores) > 0.3
+    for student in ("unimatch", "fused"):
+        assert any(line.startswith(f"{student} ") and "mIoU" in line for line in told.splitlines())
+        assert (tmp_path / "demo" / f"{student}_12_2" / "best.pt").exists()
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*.parquet")}
     assert cli.main(command) == 0  # does only what is missing, and tells the same
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").rglob("*.parquet")}

@@ -206,7 +206,7 @@ def _unlabeled(config: TrainConfig, validation: pa.Table) -> tuple[pa.Table, Zer
         # Of our own hold-out that is as it should be; with --val it may be a matter of mere names.
         log.log(
             logging.INFO if config.val is None else logging.WARNING,
-            "%d of %d unlabelled images are held out for validation, such as %s, and not trained on",
+            "%d of %d unlabelled images are held out for validation (such as %s): not trained on",
             sum(known),
             len(table),
             table["image_id"][known.index(True)].as_py(),

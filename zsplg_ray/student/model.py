@@ -184,7 +184,8 @@ def _backbone(config: StudentConfig, pretrained: bool) -> tuple[nn.Module, Chann
     try:
         info: Any = timm.create_model(name, **wanted).feature_info
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as e:
-        fix = f"choose one of `timm.list_models()` ({' '.join(str(e).split())[:200]})"
+        told = " ".join(str(e).split())[:200] or type(e).__name__
+        fix = f"choose another of `timm.list_models()`, such as resnet50s ({told})"
         rule = "a convolutional timm model that can dilate its last stages"
         raise ValueError(complain("student.backbone", rule, name, fix)) from e
     strides = info.reduction()
