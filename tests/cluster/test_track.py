@@ -93,16 +93,13 @@ def test_what_a_run_tells_mlflow(tracked):
     assert [m.source_run_id for m in models] == [tracker.run_id]
 
 
-def test_the_logged_model_gives_a_mask(tracked, tmp_path):
+def test_the_logged_model_gives_a_mask(tracked, tmp_path, monkeypatch):
     folder, _, tracker = tracked
     write_voc(tmp_path, 1, seed=3)
     image = next(tmp_path.glob("JPEGImages/*")).read_bytes()
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(tracker.uri)
-    try:
-        model = mlflow.pyfunc.load_model(f"runs:/{tracker.run_id}/model")
-    finally:
-        mlflow.set_tracking_uri(before)
+    # By the environment: set_tracking_uri would leave its mark there for all later tests.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    model = mlflow.pyfunc.load_model(f"runs:/{tracker.run_id}/model")
     out = model.predict(pd.DataFrame({"image": [image, image]}))
     expected, _ = Predictor(load_student(folder.uri)).predict(decode_image(image))
     assert (decode_png(out["label_png"][1]) == expected).all()
