@@ -614,7 +614,7 @@ class DemoConfig(Section):
     """Scenes, [2, 10000]."""
     embedder: Literal["gem", "crop", "both"] = "both"
     """Which way of naming segments to show."""
-    epochs: Annotated[int, Range(0, 10_000)] = 60
+    epochs: Annotated[int, Range(0, 10_000)] = 45
     """Epochs for which each of two students is trained, [0, 10000]; 0: none."""
     ray: RayConfig = field(default_factory=RayConfig)
 
