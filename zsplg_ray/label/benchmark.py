@@ -19,19 +19,17 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from zsplg_ray.label.stages import STAGES, Pair, Scene, official_tflop, one_image
+from zsplg_ray.measure import clock_of, peak_gib, restart_with_tuned_malloc
 
 ALL = [*STAGES, "memory"]
 """Names of the stages."""
@@ -41,13 +39,6 @@ UNASKED = [name for name in ALL if name not in ("records", "throughput")]
 
 GPU_TFLOPS = 790
 """What an H200 was seen to do in bfloat16, 1e12 operations a second."""
-
-TUNED_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
-    "MALLOC_TOP_PAD_": str(2**30),
-}
-"""glibc: never give memory back, so that no page is faulted in twice."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +66,6 @@ def measure(pair: Pair, rounds: int, clock: Callable[[], float]) -> Row:
     ours = statistics.median(seconds["ours"]) / pair.images
     same = pair.same(results["official"], results["ours"])
     return Row(pair.stage, official, ours, official / ours, same)
-
-
-def clock_of(device: str) -> Callable[[], float]:
-    """CPU seconds of this process, or seconds with everything on the GPU finished."""
-    if torch.device(device).type != "cuda":
-        return time.process_time
-
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return synchronised
 
 
 def scene_of(args: argparse.Namespace) -> Scene:
@@ -142,22 +121,7 @@ PEAK_SETTINGS = ("sam", "checkpoint", "device", "points", "image", "width", "hei
 
 def peak_of(side: str, scene: Scene) -> float:
     """GiB that one image takes at its highest, beyond what was taken before."""
-    run = one_image(scene)[side == "ours"]
-    if torch.device(scene.device).type == "cuda":
-        before = torch.cuda.memory_allocated(scene.device)
-        torch.cuda.reset_peak_memory_stats(scene.device)
-        run()
-        return (torch.cuda.max_memory_allocated(scene.device) - before) / 2**30
-    before = resident_gib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-    run()
-    return resident_gib("VmHWM") - before
-
-
-def resident_gib(what: str) -> float:
-    """A line of Linux's account of this process: VmRSS (now) or VmHWM (highest)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
+    return peak_gib(one_image(scene)[side == "ours"], scene.device)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -189,9 +153,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the stages and print a table."""
     args = parse(argv)
-    if args.tuned_malloc and any(os.environ.get(k) != v for k, v in TUNED_MALLOC.items()):
-        again = [sys.executable, "-m", "zsplg_ray.label.benchmark", *(argv or sys.argv[1:])]
-        os.execve(sys.executable, again, {**os.environ, **TUNED_MALLOC})
+    if args.tuned_malloc:
+        restart_with_tuned_malloc("zsplg_ray.label.benchmark", argv)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on both sides

@@ -23,13 +23,10 @@ import argparse
 import ctypes
 import dataclasses
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -45,19 +42,13 @@ from zsplg_ray.config import (
     TrainConfig,
     UnimatchConfig,
 )
+from zsplg_ray.measure import clock_of, peak_gib, restart_with_tuned_malloc
 from zsplg_ray.student import official
 from zsplg_ray.student.augment import channel_keep, cutmix_boxes
 from zsplg_ray.student.batch import Batch
 from zsplg_ray.student.model import DeepLabV3Plus, Perturbation
 from zsplg_ray.student.state import REFERENCE_IMAGES, Ranks, Schedule, TrainState
 from zsplg_ray.student.step import train_step
-
-TUNED_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**30),
-    "MALLOC_TOP_PAD_": str(2**30),
-}
-"""glibc: never give memory back, so that no page is faulted in twice."""
 
 BOXED = 0.75
 """Share of the images with a CutMix box in at least one of two views, each at probability 1/2."""
@@ -316,36 +307,11 @@ def rows(size: Size, names: list[str], rounds: int) -> Iterator[Row]:
         yield Row(name, median, whole / median, 2 * size.batch / median, peaks[name], same)
 
 
-def clock_of(device: str) -> Callable[[], float]:
-    """CPU seconds of this process, or seconds with everything on the GPU finished."""
-    if torch.device(device).type != "cuda":
-        return time.process_time
-
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return synchronised
-
-
 def peak_of(step: Callable[[], Any], size: Size) -> float:
     """GiB that a step takes at its highest, beyond what was held before; it also warms up."""
-    if torch.device(size.device).type == "cuda":
-        before = torch.cuda.memory_allocated(size.device)
-        torch.cuda.reset_peak_memory_stats(size.device)
-        step()
-        return (torch.cuda.max_memory_allocated(size.device) - before) / 2**30
-    ctypes.CDLL(None).malloc_trim(0)  # what other sides have freed would be used again unseen
-    before = resident_gib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
-    step()
-    return resident_gib("VmHWM") - before
-
-
-def resident_gib(what: str) -> float:
-    """A line of Linux's account of this process: VmRSS (now) or VmHWM (highest)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 2**20
+    if size.device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # what other sides have freed would be used again unseen
+    return peak_gib(step, size.device)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -383,9 +349,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the steps and print a table."""
     args = parse(argv)
-    if args.tuned_malloc and any(os.environ.get(k) != v for k, v in TUNED_MALLOC.items()):
-        again = [sys.executable, "-m", "zsplg_ray.student.benchmark", *(argv or sys.argv[1:])]
-        os.execve(sys.executable, again, {**os.environ, **TUNED_MALLOC})
+    if args.tuned_malloc:
+        restart_with_tuned_malloc("zsplg_ray.student.benchmark", argv)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # as the original has it
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on both sides
