@@ -25,13 +25,14 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from zsplg_ray.settings import complain
+from zsplg_ray.sources import image_key
 
 log = logging.getLogger(__name__)
 
@@ -110,17 +111,24 @@ class RunFolder:
 
         Raises: ValueError if there is a run.json that no run has written.
         """
-        data = self.read_bytes("run.json")
+        keys = ("config", "resolved", "classes", "weights", "labels_state")
+        return self.read_record("run.json", keys, "restore it, or use another folder")
+
+    def read_record(self, name: str, keys: tuple[str, ...], fix: str) -> dict[str, Any] | None:
+        """The mapping in a JSON file that a run has written, or None if there is no such file.
+
+        Raises: ValueError, ending in `fix`, if it is no JSON or lacks one of `keys`.
+        """
+        data = self.read_bytes(name)
         if data is None:
             return None
-        where, fix = f"{self.uri}/run.json", "restore it, or use another folder"
+        where = f"{self.uri}/{name}"
         try:
             run = json.loads(data)
         except ValueError as e:
-            raise ValueError(complain("run.json", "valid JSON", where, fix)) from e
-        keys = ("config", "resolved", "classes", "weights", "labels_state")
+            raise ValueError(complain(name, "valid JSON", where, fix)) from e
         if not isinstance(run, dict) or not all(key in run for key in keys):
-            raise ValueError(complain("run.json", f"a run's, with {', '.join(keys)}", where, fix))
+            raise ValueError(complain(name, f"a run's, with {', '.join(keys)}", where, fix))
         return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
@@ -172,6 +180,20 @@ class RunFolder:
         """All parts of one kind as one table, or None if there are none."""
         tables = self.map_parts(self.parts(kind), lambda name: self.read_part(kind, name, columns))
         return pa.concat_tables(tables.values()) if tables else None
+
+    def find_labels(self, parts: list[str]) -> LabelPlaces:
+        """Where each image's label stands in some parts of labels/; of several the first.
+
+        Raises: OSError, pa.ArrowException if a part cannot be read.
+        """
+        found = LabelPlaces({}, {})
+        columns = ["image_id", "uri"]
+        rows = self.map_parts(parts, lambda n: self.read_part("labels", n, columns).to_pydict())
+        for name, part in rows.items():
+            for row, (image_id, uri) in enumerate(zip(*(part[c] for c in columns), strict=True)):
+                found.by_uri.setdefault(uri, (name, row))
+                found.by_key.setdefault(image_key(image_id), (name, row))
+        return found
 
     def part_meta(self, kind: Kind, name: str) -> dict[str, Any]:
         """The metadata that `write_part` was given."""
@@ -286,6 +308,19 @@ def _first_time(ids: Iterable[str], seen: set[str]) -> list[bool]:
 def made_by(run: Mapping[str, Any]) -> Verb:
     """The verb that made a run, by its run.json; the first runs, all of `label`, do not say it."""
     return run.get("verb", "label")
+
+
+class LabelPlaces(NamedTuple):
+    """Part and row of labels, by the image's address and by its id without suffix."""
+
+    by_uri: dict[str, tuple[str, int]]
+    by_key: dict[str, tuple[str, int]]
+
+    def of(self, image_id: str, uri: str | None) -> tuple[str, int] | None:
+        """Where an image's label is: by its address, else by its id, for sources are listed in
+        more than one way.
+        """
+        return self.by_uri.get(uri or "") or self.by_key.get(image_key(image_id))
 
 
 class Repaired:

@@ -177,9 +177,21 @@ def read_bytes(uri: str) -> bytes:
 
 def cell_uris(place: Place, column: str, rows: int) -> list[str]:
     """The uris of the first `rows` cells of a column of a Parquet file, for `read_bytes`."""
+    head, tail = _around_row(place, column)
+    return [f"{head}{row}{tail}" for row in range(rows)]
+
+
+def cell_uri(place: Place, column: str, row: int) -> str:
+    """The uri of one cell of a column of a Parquet file, for `read_bytes`."""
+    head, tail = _around_row(place, column)
+    return f"{head}{row}{tail}"
+
+
+def _around_row(place: Place, column: str) -> tuple[str, str]:
+    """What stands before and behind the row's number in a cell's uri."""
     address = place.uri if place.prefix else f"file://{quote(place.path)}"
     field = "" if column == "bytes" else "&" + urlencode({"column": column})
-    return [f"{_PARQUET}{address}#row={row}{field}" for row in range(rows)]
+    return f"{_PARQUET}{address}#row=", field
 
 
 def _cell(place: Place, column: str, row: int) -> Any:

@@ -20,7 +20,6 @@ import pyarrow as pa
 from zsplg_ray.records import decode_png
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
-from zsplg_ray.sources import image_key
 from zsplg_ray.views.evaluate import check_same
 from zsplg_ray.vocab import ClassList
 
@@ -54,32 +53,17 @@ class ZeroShotRun:
         check_same(classes, ClassList.from_dict(run["classes"]), "zero-shot labels")
         return cls(folder, run["labels_fingerprint"])
 
-    def places(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Address of an image -> where its label stands, and the same by id without suffix; of an
-        image's labels the first.
-        """
-        parts = self.folder.map_parts(
-            self.folder.parts("labels"),
-            lambda n: self.folder.read_part("labels", n, ["image_id", "uri"]).to_pydict(),
-        )
-        by_uri: dict[str, str] = {}
-        by_key: dict[str, str] = {}
-        for name, part in parts.items():
-            for row, (image_id, uri) in enumerate(zip(part["image_id"], part["uri"], strict=True)):
-                by_uri.setdefault(uri, f"{name} {row}")
-                by_key.setdefault(image_key(image_id), f"{name} {row}")
-        return by_uri, by_key
-
     def joined(self, manifest: pa.Table) -> pa.Table:
         """The manifest with a column `zeroshot`, null where an image has no label.
 
         Raises: ValueError if none has one.
         """
-        by_uri, by_key = self.places()
+        places = self.folder.find_labels(self.folder.parts("labels"))
         rows = manifest.to_pylist()
-        column = [by_uri.get(r["uri"]) or by_key.get(image_key(r["image_id"])) for r in rows]
+        found = [places.of(row["image_id"], row["uri"]) for row in rows]
+        column = [place and f"{place[0]} {place[1]}" for place in found]
         if not any(column):
-            fix = f"its images are called such as {next(iter(by_key), 'nothing')!r}"
+            fix = f"its images are called such as {next(iter(places.by_key), 'nothing')!r}"
             shown = f"{self.folder.uri} for images such as {rows[0]['image_id']!r}"
             raise ValueError(complain("fuse", "a run over the same images", shown, fix))
         return manifest.append_column("zeroshot", pa.array(column, pa.string()))

@@ -118,18 +118,8 @@ def read_training(folder: RunFolder) -> dict[str, Any] | None:
 
     Raises: ValueError if it is none that a run has written.
     """
-    data = folder.read_bytes(FILE)
-    if data is None:
-        return None
-    where, fix = f"{folder.uri}/{FILE}", "restore it, or use another --out"
-    try:
-        run = json.loads(data)
-    except ValueError as e:
-        raise ValueError(complain(FILE, "valid JSON", where, fix)) from e
     keys = ("attempt", "config", "data", "history", "last", "schedule", "state")
-    if not isinstance(run, dict) or not all(key in run for key in keys):
-        raise ValueError(complain(FILE, f"a run's, with {', '.join(keys)}", where, fix))
-    return run
+    return folder.read_record(FILE, keys, "restore it, or use another --out")
 
 
 def write_training(folder: RunFolder, run: Mapping[str, Any]) -> None:

@@ -21,8 +21,7 @@ import pyarrow as pa
 from zsplg_ray.records import decode_png
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
-from zsplg_ray.sources import image_key
-from zsplg_ray.storage import Place, cell_uris, read_bytes
+from zsplg_ray.storage import Place, cell_uri, read_bytes
 from zsplg_ray.vocab import ClassList
 
 
@@ -62,34 +61,27 @@ def find_labels(
         fix = "give the folder of a `zsplg label --out` run that has finished images"
         raise ValueError(complain("zeroshot", "a run's folder with labels/ in it", source, fix))
     try:
-        rows = folder.map_parts(
-            parts, lambda n: folder.read_part("labels", n, ["image_id", "uri"]).to_pydict()
-        )
+        places = folder.find_labels(parts)
         meta = folder.part_meta("labels", parts[0])
     except (OSError, pa.ArrowException) as e:
         fix = f"mend the run ({' '.join(str(e).split())[:200]})"
         raise ValueError(complain("zeroshot", "a run whose parts can be read", source, fix)) from e
-    by_key: dict[str, tuple[str, str]] = {}
-    by_uri: dict[str, tuple[str, str]] = {}
-    for part, named in rows.items():
-        place = Place.parse(source).child(f"labels/{part}.parquet")
-        n_rows = len(named["image_id"])
-        cells = (cell_uris(place, column, n_rows) for column in ("label_png", "score_png"))
-        for image_id, uri, *pair in zip(named["image_id"], named["uri"], *cells, strict=True):
-            by_key.setdefault(image_key(image_id), (pair[0], pair[1]))
-            by_uri.setdefault(uri, (pair[0], pair[1]))
-    pairs = [
-        by_uri.get(uri) or by_key.get(image_key(image_id), (None, None))
-        for image_id, uri in zip(image_ids, uris or [""] * len(image_ids), strict=True)
-    ]
+    found = map(places.of, image_ids, uris or [None] * len(image_ids))
+    pairs = [(None, None) if place is None else _cells(source, *place) for place in found]
     if not any(label for label, _ in pairs):
-        example = f"{next(iter(by_key), 'no image')!r} there and {image_ids[0]!r} here"
+        example = f"{next(iter(places.by_key), 'no image')!r} there and {image_ids[0]!r} here"
         fix = "label the unlabelled images themselves: their ids have to match"
         raise ValueError(complain("zeroshot", "labels of the unlabelled images", example, fix))
     classes = ClassList.from_dict(meta["classes"]) if "classes" in meta else None
     fingerprint = (run or meta).get("labels_fingerprint")
     labels, scores = zip(*pairs, strict=True)
     return ZeroShot(list(labels), list(scores), classes, fingerprint)
+
+
+def _cells(source: str, part: str, row: int) -> tuple[str, str]:
+    """Addresses of a label and its score."""
+    place = Place.parse(source).child(f"labels/{part}.parquet")
+    return cell_uri(place, "label_png", row), cell_uri(place, "score_png", row)
 
 
 def read_label(label_uri: str, score_uri: str) -> tuple[np.ndarray, np.ndarray]:
