@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zsplg_ray.cluster.ablation import few_labelled, write_splits
 from zsplg_ray.cluster.label import label
 from zsplg_ray.cluster.session import ray_session
 from zsplg_ray.cluster.train import train
@@ -22,6 +21,7 @@ from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import from_mapping
 from zsplg_ray.shapes.recipe import TRAIN_SETTINGS
 from zsplg_ray.shapes.scenes import write_voc
+from zsplg_ray.shapes.splits import few_labelled, write_splits
 from zsplg_ray.views.evaluate import evaluate, table
 from zsplg_ray.views.pictures import run_sheet
 from zsplg_ray.vocab import class_list

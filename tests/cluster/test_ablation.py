@@ -1,7 +1,6 @@
 """The ablation's helpers, and the whole of it in very small."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,20 +11,6 @@ from zsplg_ray.masks import open_truth
 from zsplg_ray.records import LABELS, encode_png, encode_score
 from zsplg_ray.rundir import RunFolder, part_name
 from zsplg_ray.shapes.scenes import write_voc
-
-
-def test_few_labelled_scenes_hold_every_class_twice(tmp_path):
-    write_voc(tmp_path, 60, seed=0)
-    truth = open_truth(str(tmp_path))
-    chosen = ablation.few_labelled(truth, 24, seed=3)
-    assert len(set(chosen)) == 24 and chosen == ablation.few_labelled(truth, 24, seed=3)
-    assert chosen != ablation.few_labelled(truth, 24, seed=4)
-    for k in range(1, 9):
-        assert sum(bool((truth.read(i) == k).any()) for i in chosen) >= 2
-    files = ablation.write_splits(tmp_path / "splits", chosen, truth.ids)
-    rows = {k: Path(v).read_text().splitlines() for k, v in files.items()}
-    assert len(rows["labeled"]) == 24 and len(rows["unlabeled"]) == 36
-    assert not set(rows["labeled"]) & set(rows["unlabeled"])
 
 
 def test_the_trusted_score_is_the_least_that_is_right_often_enough(tmp_path):

@@ -35,6 +35,7 @@ from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import fingerprint, from_mapping, override
 from zsplg_ray.shapes.recipe import TRAIN_SETTINGS, with_weights
 from zsplg_ray.shapes.scenes import write_voc
+from zsplg_ray.shapes.splits import few_labelled, write_splits
 from zsplg_ray.student.data import TrainingData
 from zsplg_ray.student.loader import batches
 from zsplg_ray.student.loop import Report, fit, validator
@@ -45,9 +46,6 @@ from zsplg_ray.views.evaluate import evaluate
 log = logging.getLogger(__name__)
 
 POOL_SEED = 10_000
-LEAST_SCENES = 2
-"""Labelled scenes that hold a class, at least."""
-
 WANTED_PRECISION = 0.85
 """With --trust `fusion.min_score` is the least score from which on so many of the pixels that the
 zero-shot labels name are right, on the labelled scenes."""
@@ -111,32 +109,6 @@ def make_world(world: World) -> None:
     given = {"images": str(world.pool), "classes": "shapes", "out": str(world.labels)}
     models = {"sam.model": "shapes", "clip.model": "shapes", "clip.embedder": world.embedder}
     label(from_mapping(LabelConfig, {**given, **models}))
-
-
-def few_labelled(truth: Truth, n: int, seed: int) -> list[str]:
-    """Ids of `n` scenes, drawn until every class occurs in at least two (or in what most draws of
-    so few could hold).
-    """
-    holds = {i: set(np.unique(truth.read(i)).tolist()) - {0, 255} for i in truth.ids}
-    every = set().union(*holds.values())
-    rng = np.random.default_rng(seed)
-    drawn = [sorted(rng.choice(truth.ids, n, replace=False).tolist()) for _ in range(200)]
-    return max(drawn, key=lambda ids: _least(holds, ids, every))
-
-
-def _least(holds: dict[str, set[int]], ids: list[str], every: set[int]) -> int:
-    """In how many scenes the rarest class occurs, two being enough."""
-    return min(LEAST_SCENES, *(sum(k in holds[i] for i in ids) for k in every))
-
-
-def write_splits(folder: Path, chosen: Sequence[str], every: Sequence[str]) -> dict[str, str]:
-    """Split files of labelled scenes and the others: the settings `labeled` and `unlabeled`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"labeled": chosen, "unlabeled": sorted(set(every) - set(chosen))}
-    for kind, ids in files.items():
-        lines = (f"JPEGImages/{i}.jpg SegmentationClass/{i}.png\n" for i in ids)
-        (folder / f"{kind}.txt").write_text("".join(lines))
-    return {kind: str(folder / f"{kind}.txt") for kind in files}
 
 
 def arm_config(world: World, arm: str, seed: int) -> TrainConfig:

@@ -66,7 +66,7 @@ from zsplg_ray.shapes.recipe import with_weights
 from zsplg_ray.student.checkpoint import load_init
 from zsplg_ray.student.data import TrainingData
 from zsplg_ray.student.model import DeepLabV3Plus
-from zsplg_ray.student.state import REFERENCE_IMAGES, Schedule
+from zsplg_ray.student.state import Schedule, first_learning_rate, images_a_step
 
 log = logging.getLogger(__name__)
 
@@ -156,12 +156,6 @@ def _describe(
     return describe_training(config, data.classes, parts, lengths, weights)
 
 
-def images_a_step(config: TrainConfig) -> int:
-    """Labelled and unlabelled images that a step takes, over all workers."""
-    loop = config.train
-    return loop.batch_labeled + (loop.batch_unlabeled if config.unlabeled is not None else 0)
-
-
 def _continued(run: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
     """The run as it goes on: what the folder's run has reached, a new attempt."""
     if old is not None:
@@ -229,7 +223,7 @@ def _tell(job: Job, run: Mapping[str, Any]) -> None:
         schedule["steps_per_epoch"],
         loop.batch_labeled,
         images - loop.batch_labeled,
-        job.config.optim.lr * images / REFERENCE_IMAGES,
+        first_learning_rate(job.config),
         workers["num"],
         f"{workers['gpus']:g} GPU" if workers["gpus"] else f"{workers['cpus']:g} CPU",
     )

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.student.checkpoint import load_init
@@ -30,6 +30,17 @@ from zsplg_ray.student.model import DeepLabV3Plus
 
 REFERENCE_IMAGES = 16
 """Images a step (8 labelled, 8 not) that the learning rate is given for."""
+
+
+def images_a_step(config: TrainConfig) -> int:
+    """Labelled and unlabelled images that a step takes, over all workers."""
+    loop = config.train
+    return loop.batch_labeled + (loop.batch_unlabeled if config.unlabeled is not None else 0)
+
+
+def first_learning_rate(config: TrainConfig) -> float:
+    """The backbone's learning rate at the first step, scaled to the images of a step."""
+    return config.optim.lr * images_a_step(config) / REFERENCE_IMAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +142,8 @@ class TrainState:
     @property
     def learning_rate(self) -> float:
         """The backbone's learning rate at this step."""
-        optim, loop = self.config.optim, self.config.train
-        images = loop.batch_labeled
-        images += loop.batch_unlabeled if self.config.unlabeled is not None else 0
-        return optim.lr * images / REFERENCE_IMAGES * (1 - self.progress) ** optim.poly_power
+        power = self.config.optim.poly_power
+        return first_learning_rate(self.config) * (1 - self.progress) ** power
 
     def set_learning_rate(self) -> None:
         """Give the optimiser the learning rates of this step."""
@@ -248,9 +257,6 @@ class TrainState:
             # Two forward passes come before each backward: buffers must not be sent in between.
             net = DDP(net, broadcast_buffers=False, gradient_as_bucket_view=True)
         return torch.compile(net) if self.config.train.compile else net
-
-
-DDP = DistributedDataParallel
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
