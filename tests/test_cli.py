@@ -55,6 +55,11 @@ def changes(argv: list[str]) -> dict[str, Any]:
 BAD: list[tuple[list[str], str, str]] = [
     (["lable"], "verb must be one of label, ", "did you mean `label`?"),
     (["--quiet", "label"], "verb must be one of", "see zsplg --help"),
+    (["tune"], "verb must be one of label, ", "did you mean `tune train`?"),
+    (["tune", "label"], "got tune", "did you mean `tune labels`?"),
+    (["tune", "labels", "--run", "a", "b"], "truth must be given, got nothing", "add --truth"),
+    (["tune", "labels", "--truth", "t", "--run"], "run must be given, each once", "name each once"),
+    (["tune", "labels", "--truth", "t", "--run", "a", "a"], "each once, got a a", "name each once"),
     (["label"], "images must be given, got nothing", "add --images"),
     (["label", "--images", "i"], "classes must be given", "add --classes"),
     (["label", "--images", "", "--classes", "c", "--out", "o"], "images must be given", "--help"),

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+from collections import ChainMap
 from typing import get_args
 
 import pytest
@@ -95,7 +96,8 @@ def is_number(hint: object) -> bool:
 
 @pytest.mark.parametrize(("cls", "name", "hint"), FIELDS)
 def test_every_setting_is_documented_with_its_range(cls, name, hint):
-    text = " ".join(DOCS[cls.__name__].get(name, "").split())
+    inherited = [DOCS.get(base.__name__, {}) for base in cls.__mro__]
+    text = " ".join(ChainMap(*inherited).get(name, "").split())
     assert text, "no docstring under the field"
     if is_number(hint):
         assert len(bounds(hint)) == 1, "a number without a Range"

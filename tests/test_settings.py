@@ -79,7 +79,7 @@ def refusal(**values: Any) -> str:
         ({"inner__limit": {"cat": "x"}}, "inner.limit must be a number or a mapping"),
         ({"inner__limit": {"cat": None}}, "inner.limit must be a number or a mapping"),
         ({"inner__limit": {1: 0.5}}, "inner.limit must be a number or a mapping"),
-        ({"inner__words": "text"}, "inner.words must be a list of texts or none, got text"),
+        ({"inner__words": 3}, "inner.words must be a list of texts or none, got 3"),
         ({"inner__words": ["a", 1]}, "inner.words must be a list of texts or none"),
         ({"inner": 3}, "inner must be a section, got 3"),
         ({"inner": ["model"]}, "inner must be a section"),
@@ -190,6 +190,7 @@ def test_override_changes_what_it_is_told_and_checks_it():
     old = outer(inner__share=0.25, root="r")
     new = override(old, {"inner.count": 7, "inner.words": ["x"]})
     assert (new.inner.count, new.inner.words) == (7, ("x",))
+    assert override(old, {"inner.words": "x"}) == override(old, {"inner.words": ["x"]})
     assert (new.inner.share, new.root, old.inner.count) == (0.25, "r", 3)
     with pytest.raises(ValueError, match=r"inner\.count must be >= 1"):
         override(old, {"inner.count": 0})

@@ -241,12 +241,18 @@ def _coerce(hint: Any, value: Any) -> Any:
     options = _options(hint)
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, str) and str not in options and any(map(_is_tuple, options)):
+        return (value,)
     if isinstance(value, str) and value.lower() in ("none", "null") and type(None) in options:
         return None
     if isinstance(value, str) and float in options:
         with contextlib.suppress(ValueError):
             return float(value)
     return _as_floats(options, value)
+
+
+def _is_tuple(option: Any) -> bool:
+    return typing.get_origin(option) is tuple
 
 
 def _as_floats(options: tuple[Any, ...], value: Any) -> Any:
