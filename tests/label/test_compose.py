@@ -1,6 +1,7 @@
 """Composing against a reference that goes pixel by pixel, and the cases that need a rule."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from zsplg_ray.config import ComposeConfig
-from zsplg_ray.label.compose import Composed, compose, decide, minimum_scores, summarise
+from zsplg_ray.label.compose import (
+    Composed,
+    compose,
+    decide,
+    kept_segments,
+    minimum_by_class,
+    minimum_scores,
+    precedence,
+    score_segments,
+    summarise,
+)
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.records import IGNORE
 from zsplg_ray.vocab import ClassList
@@ -274,3 +285,45 @@ def test_summary_counts_classes_and_averages_over_painted_pixels():
     assert all(type(n) is int for n in class_px)
     assert confidence == pytest.approx(1.5 / 4)
     assert type(confidence) is float
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 21, 151])
+@pytest.mark.parametrize("score", ["cosine", "softmax"])
+def test_a_segments_numbers_do_not_depend_on_the_segments_beside_it(score, n_classes):
+    """To the bit: so the segments of many images may be laid end to end."""
+    rng = np.random.default_rng(n_classes)
+    sim_RK = rng.normal(0.2, 0.05, (97, n_classes)).astype(np.float32)
+    sim_RK[::5, 0], sim_RK[3::7, -1], sim_RK[4::9] = NONE, math.nan, NONE
+    whole = score_segments(sim_RK, score, 0.013)
+    bounds = [0, 1, 2, 9, 26, 97]
+    parts = [
+        score_segments(sim_RK[a:b].copy(), score, 0.013) for a, b in itertools.pairwise(bounds)
+    ]
+    for field in dataclasses.fields(whole):
+        joined = np.concatenate([getattr(part, field.name) for part in parts])
+        assert joined.tobytes() == getattr(whole, field.name).tobytes(), field.name
+    known_R = ~np.isnan(whole.score_R)
+    assert known_R.sum() > 50
+    if score == "cosine":
+        second_R, first_R = np.sort(sim_RK[known_R], axis=1)[:, -2:].T
+        np.testing.assert_array_equal(whole.score_R[known_R], first_R)
+        np.testing.assert_array_equal(whole.margin_R[known_R], first_R - second_R)
+
+
+def test_what_is_kept_wins_by_its_precedence_alone():
+    scored = score_segments(f32([[NONE, 0.5], [NONE, 0.25], [NONE, math.nan]]), "cosine", 1.0)
+    area_px = np.array([7, 5, 9])
+    by_score = precedence(scored, area_px, config(order="score"))
+    assert by_score[:2].tolist() == [0.5, 0.25] and math.isnan(by_score[2])
+    assert precedence(scored, area_px, config(order="area")).tolist() == [-7, -5, -9]
+    ones = np.ones(3, np.float32)
+    for minimum, kept in ((0.0, [1, 1, 0]), (0.3, [1, 0, 0]), (NONE, [1, 1, 0])):
+        found = kept_segments(scored, area_px, ones, ones, config(), f32([NONE, minimum]))
+        assert found.tolist() == [bool(one) for one in kept]
+
+
+def test_minimum_by_class_keeps_numbers_as_they_were_given():
+    given_value = {"*": 0.2, "dog": 0.1}
+    assert minimum_by_class(config(min_similarity=given_value), CLASSES) == {"cat": 0.2, "dog": 0.1}
+    named = minimum_by_class(config(min_similarity={"*": 0.2, "background": 0.3}), CLASSES)
+    assert named == {"background": 0.3, "cat": 0.2, "dog": 0.2}
