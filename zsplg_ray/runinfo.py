@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,25 @@ def _described(
     return {
         "state": "running",
         "labels_state": "complete",
-        "config": flatten(config),
-        "resolved": flatten(resolved),
+        "config": recorded(config),
+        "resolved": recorded(resolved),
         "classes": classes.to_dict(),
         "weights": dict(weights),
         "versions": {"zsplg_ray": __version__} | versions,
     }
+
+
+def recorded(config: Section) -> dict[str, Any]:
+    """Every setting by its dotted name, as a record holds them: without credentials."""
+    flat = flatten(config)
+    if isinstance(uri := flat.get("mlflow.uri"), str):
+        flat["mlflow.uri"] = masked(uri)
+    return flat
+
+
+def masked(text: str) -> str:
+    """A text without the credentials in its addresses: http://***@host for http://me:word@host."""
+    return re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
 
 
 def with_fingerprints(run: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,12 @@ def ray_local():
 
 
 @pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory):
+    """The address of a database for MLflow; made once, for that takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """24 scenes in VOC layout."""
     folder = tmp_path_factory.mktemp("world") / "scenes"

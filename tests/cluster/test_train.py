@@ -18,7 +18,7 @@ from moto.server import ThreadedMotoServer
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 from tests.cluster.training import config, rig
-from zsplg_ray.cluster.train import summary, train
+from zsplg_ray.cluster.train import anywhere, summary, train
 from zsplg_ray.cluster.trainrun import read_training
 from zsplg_ray.cluster.worker import is_final
 from zsplg_ray.rundir import RunFolder
@@ -273,6 +273,24 @@ def test_what_the_cluster_cannot_hold_is_refused_at_once(ray_local, world, tmp_p
     with pytest.raises(ValueError, match=told):
         train(config(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("old/best.pt", "{here}/old/best.pt"),
+        ("/old/best.pt", "/old/best.pt"),
+        ("s3://bucket/old/best.pt", "s3://bucket/old/best.pt"),
+        ("shapes", "shapes"),
+        (None, None),
+    ],
+)
+def test_workers_look_for_the_first_weights_where_the_user_does(
+    tmp_path, monkeypatch, given, meant
+):
+    monkeypatch.chdir(tmp_path)
+    found = anywhere(config("world", "out", **{"student.init": given})).student.init
+    assert found == (meant and meant.format(here=tmp_path))
 
 
 def test_which_errors_are_tried_again():

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import logging
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from zsplg_ray.cluster.session import (
     quiet_ray_data,
     ray_session,
 )
+from zsplg_ray.cluster.track.run import RunTracker
 from zsplg_ray.config import LabelConfig, PredictConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import part_meta, refuse_other_run
@@ -100,13 +102,29 @@ def run_images(
     todo = folder.anti_join(manifest, found.done)
     progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
     job = Job(config, task, folder, part_meta(run), run["weights"])
-    _work(job, todo, run, progress, done_before=len(found.done))
+    old = folder.read_run() or {}
+    run["id"] = old.get("id") or uuid.uuid4().hex
+    run["mlflow"] = old.get("mlflow")
+    tracker = RunTracker(config.mlflow, folder, task.verb)
+    if run["mlflow"] and not len(todo) and old["state"] != "complete":
+        tracker.start(run)  # it was killed between its last part and its end
+    _work(job, todo, run, progress, tracker, done_before=len(found.done))
 
 
 def _work(
-    job: Job, todo: pa.Table, run: dict[str, Any], progress: Progress, done_before: int
+    job: Job,
+    todo: pa.Table,
+    run: dict[str, Any],
+    progress: Progress,
+    tracker: RunTracker,
+    done_before: int,
 ) -> None:
-    """Do `todo` and keep run.json true, however this ends."""
+    """Do `todo`, and keep run.json and MLflow true, however this ends."""
+
+    def numbers() -> dict[str, float]:
+        done = done_before + progress.labelled
+        return {"labelled": done, "images_per_s": progress.rate()}
+
     began = time.monotonic()
     state = "failed"
     try:
@@ -114,6 +132,7 @@ def _work(
             with ray_session(job.config.ray):
                 plan = _plan(job.config)
                 job.folder.write_run(run)
+                tracker.start(run, numbers)
                 job.folder.forget_errors(set(todo["image_id"].to_pylist()))
                 _do_blocks(job, todo, plan, progress)
         state = "complete"
@@ -126,7 +145,7 @@ def _work(
         run["seconds"] = round(time.monotonic() - began, 3)
         run["images_per_s"] = round(progress.rate(), 3)
         if not len(todo) or job.folder.read_run() is not None:
-            _settle(job, run, progress, done_before)
+            _settle(job, run, progress, tracker, done_before)
 
 
 def _plan(config: LabelConfig | PredictConfig) -> Plan:
@@ -144,8 +163,12 @@ def _plan(config: LabelConfig | PredictConfig) -> Plan:
     return plan
 
 
-def _settle(job: Job, run: dict[str, Any], progress: Progress, done_before: int) -> None:
-    """Mend what a crash may have left, count, and write run.json; never hides why work failed."""
+def _settle(
+    job: Job, run: dict[str, Any], progress: Progress, tracker: RunTracker, done_before: int
+) -> None:
+    """Mend what a crash may have left, count, write run.json, and end the MLflow run; never hides
+    why work failed.
+    """
     folder = job.folder
     try:
         after = folder.repair(job.task.verb)
@@ -160,6 +183,9 @@ def _settle(job: Job, run: dict[str, Any], progress: Progress, done_before: int)
             **run.get("counts", {}),
         }
         folder.write_run(run)
+        if tracker.started:
+            tracker.finish(run, run["state"])
+            folder.write_run(run)
     except OSError as e:
         if run["state"] == "complete":
             raise WorkError(f"run.json could not be written: {e}") from e

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from zsplg_ray.cluster.parts import relabel_part
 from zsplg_ray.cluster.pipeline import only_run
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import last_line, quiet_ray_data, ray_session
+from zsplg_ray.cluster.track.run import RunTracker
 from zsplg_ray.config import ClipConfig, RelabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
@@ -56,9 +59,14 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         counts = {"images": len(found.done) + len(found.failed), **run.get("counts", {})}
         counts |= {"labelled": len(found.done), "quarantined": len(found.failed)}
         run["counts"] = counts
-        run["relabel_seconds"] = _relabel_parts(folder, naming, run, config)
-        run["labels_state"] = "complete"
-        folder.write_run(run)
+        run.setdefault("id", uuid.uuid4().hex)  # the first runs had none
+        tracker = RunTracker(config.mlflow, folder, "relabel")
+        with tracker.ending(run):
+            run["relabel_seconds"] = _relabel_parts(folder, naming, run, config, tracker)
+            run["labels_state"] = "complete"
+            folder.write_run(run)
+        if tracker.started:
+            folder.write_run(run)
     return run
 
 
@@ -66,23 +74,40 @@ def _prepare(folder: RunFolder, config: RelabelConfig) -> tuple[dict[str, Any], 
     """run.json as it is to become, and what names the segments. Raises: ValueError, bad input."""
     run = folder.read_run() or {}
     classes = class_list(config.classes) if config.classes else ClassList.from_dict(run["classes"])
-    clip = from_mapping(
-        ClipConfig,
-        {k[len("clip.") :]: v for k, v in run["resolved"].items() if k.startswith("clip.")},
-    )
+    clip = clip_config(run)
     resolved = resolve_text(config, clip.model, clip.embedder)
     minimum_scores(resolved.compose, classes)  # says so if a threshold names no class
+    bank = text_encoder(run).encode_classes(classes, resolved.prompts)
+    return relabelled(run, config, resolved, classes), Naming(classes, bank, resolved.compose)
+
+
+def clip_config(run: Mapping[str, Any]) -> ClipConfig:
+    """The CLIP that a run's segments were embedded with, by its run.json."""
+    clip = {k[len("clip.") :]: v for k, v in run["resolved"].items() if k.startswith("clip.")}
+    return from_mapping(ClipConfig, clip)
+
+
+def text_encoder(run: Mapping[str, Any]) -> ClipEncoder:
+    """That CLIP, loaded, for new class names or templates.
+
+    Raises: ValueError if its weights cannot be had, or are others than the segments were embedded
+        with.
+    """
+    clip = clip_config(run)
     model, tokenizer = load_clip(clip)
     if (sha256 := state_sha256(model)) != run["weights"]["clip"]:
         fix = "use the CLIP weights that the segments were embedded with, or label again"
         rule = f"of SHA-256 {run['weights']['clip']}"
         raise ValueError(complain("weights of clip", rule, sha256, fix))
-    bank = ClipEncoder(model, tokenizer, clip).encode_classes(classes, resolved.prompts)
-    return relabelled(run, config, resolved, classes), Naming(classes, bank, resolved.compose)
+    return ClipEncoder(model, tokenizer, clip)
 
 
 def _relabel_parts(
-    folder: RunFolder, naming: Naming, run: dict[str, Any], config: RelabelConfig
+    folder: RunFolder,
+    naming: Naming,
+    run: dict[str, Any],
+    config: RelabelConfig,
+    tracker: RunTracker,
 ) -> float:
     """Replace every labels part that does not carry the new fingerprint; returns seconds."""
     began = time.monotonic()
@@ -102,6 +127,7 @@ def _relabel_parts(
     if names:
         with ray_session(config.ray):
             folder.write_run(run)  # from here on labels are mixed, and readers are told so
+            tracker.start(run)
             quiet_ray_data()
             try:
                 for row in ray.data.from_items(names).map(one_part).iter_rows():

@@ -21,7 +21,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -42,7 +43,7 @@ from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.pipeline import only_run
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
-from zsplg_ray.cluster.track import Tracker, store_uri
+from zsplg_ray.cluster.track.train import Tracker, send_finished
 from zsplg_ray.cluster.trainrun import (
     CHECKPOINTS,
     describe_training,
@@ -58,11 +59,12 @@ from zsplg_ray.cluster.trainrun import (
     write_training,
 )
 from zsplg_ray.cluster.watch import Watcher, duration
-from zsplg_ray.cluster.worker import Job, Keeper, work
+from zsplg_ray.cluster.worker import Job, Keeper, Stopped, work
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.settings import WorkError, complain
+from zsplg_ray.settings import WorkError, complain, override
 from zsplg_ray.shapes.recipe import with_weights
+from zsplg_ray.storage import Place
 from zsplg_ray.student.checkpoint import load_init
 from zsplg_ray.student.data import TrainingData
 from zsplg_ray.student.model import DeepLabV3Plus
@@ -73,8 +75,19 @@ log = logging.getLogger(__name__)
 CHECKPOINTS_KEPT = 2
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    *,
+    tags: Mapping[str, str] | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> dict[str, Any]:
     """Train a model, or go on with a run that was interrupted.
+
+    Args:
+        config: What to train, on what.
+        tags: Further ones for the MLflow run, such as `mlflow.parentRunId`.
+        callbacks: Told, beside ours, of every report that has been stored. One that raises
+            `Stopped` ends the run early, in the state "stopped".
 
     Returns:
         The content of train.json.
@@ -86,17 +99,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
     folder = RunFolder(config.out)
     data = TrainingData.open(config)
     schedule = Schedule.of(config, len(data.labelled), len(data.unlabelled))
-    run = _describe(config, data, schedule, {})
+    run = describe(config, data, schedule, {})
     old = refuse_other_training(folder, run)  # before any download
     if old is not None and is_finished(old) and old["state"] == "complete":
         log.info("%s is finished: nothing to do", folder.uri)
+        send_finished(config.mlflow, folder, old, tags)
         return old
-    run = _describe(config, data, schedule, check_model(with_weights(config), len(data.classes)))
+    run = describe(config, data, schedule, check_model(with_weights(config), len(data.classes)))
     refuse_other_training(folder, run)
     with only_run(folder):
         run = _continued(run, refuse_other_training(folder, run))
         start = start_of(folder, run)
-        _work(Job(config, data, schedule, folder, run["attempt"], start), run)
+        tracker = Tracker.of(config.mlflow, folder, run, tags)
+        job = Job(anywhere(config), data, schedule, folder, run["attempt"], start)
+        _work(job, run, tracker, callbacks)
     return run
 
 
@@ -112,6 +128,14 @@ def summary(run: Mapping[str, Any], out: str) -> str:
     if run["preview"]:
         lines.append(f"pictures: {out}/{run['preview']}")
     return "\n".join(lines)
+
+
+def anywhere(config: TrainConfig) -> TrainConfig:
+    """The settings as workers take them, who have another working directory."""
+    init = config.student.init
+    if init is None or with_weights(config) != config:  # none, or what comes with the package
+        return config
+    return override(config, {"student.init": Place.parse(init).uri})
 
 
 def check_model(config: TrainConfig, n_classes: int) -> dict[str, str | None]:
@@ -134,12 +158,13 @@ def check_model(config: TrainConfig, n_classes: int) -> dict[str, str | None]:
     return {"init": load_init(model, student.init) if student.init is not None else None}
 
 
-def _describe(
+def describe(
     config: TrainConfig,
     data: TrainingData,
     schedule: Schedule,
     weights: Mapping[str, str | None],
 ) -> dict[str, Any]:
+    """The content of train.json at the start of a run; see `describe_training`."""
     tables = (data.labelled, data.unlabelled, data.validation)
     ids = [table["image_id"].to_pylist() for table in tables]
     parts = {
@@ -171,12 +196,11 @@ def _continued(run: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any
 # The work ----------------------------------------------------------------------------------------
 
 
-def _work(job: Job, run: dict[str, Any]) -> None:
+def _work(
+    job: Job, run: dict[str, Any], tracker: Tracker, callbacks: Sequence[UserCallback]
+) -> None:
     """Train, and keep train.json true, however this ends."""
     folder = job.folder
-    known = run["mlflow"] or {}
-    here = known.get("uri") == store_uri(job.config.mlflow, folder)  # else a tag finds it
-    tracker = Tracker(job.config.mlflow, folder, known.get("run_id") if here else None)
     watcher = Watcher(folder, tracker, show=not job.config.quiet)
     began = time.monotonic()
     state = "failed"
@@ -186,8 +210,10 @@ def _work(job: Job, run: dict[str, Any]) -> None:
             check_batches(job.config, crew)
             _begin(job, run, crew, watcher)
             if not is_finished(run):
-                _fit(replace(job, gpus=crew.gpus, threads=crew.threads), crew)
+                _fit(replace(job, gpus=crew.gpus, threads=crew.threads), crew, callbacks)
         state = "complete"
+    except Stopped:
+        state = "stopped"
     except KeyboardInterrupt:
         state = "interrupted"
         raise
@@ -229,7 +255,7 @@ def _tell(job: Job, run: Mapping[str, Any]) -> None:
     )
 
 
-def _fit(job: Job, crew: Crew) -> None:
+def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
     """Run Ray Train. Raises: WorkError, or ValueError for input that turned out to be bad."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # else a report takes 2 s
     if crew.least is None:
@@ -251,7 +277,7 @@ def _fit(job: Job, crew: Crew) -> None:
             storage_filesystem=folder.fs,
             failure_config=FailureConfig(max_failures=job.config.workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
-            callbacks=[Keeper(folder, job.attempt)],
+            callbacks=[Keeper(folder, job.attempt), *callbacks],
             logging_config=LoggingConfig(log_level="DEBUG" if debug else "CRITICAL"),
         ),
     )
@@ -327,16 +353,16 @@ def _settle(job: Job, run: dict[str, Any], state: str, seconds: float, watcher: 
         run["seconds"] = round(run["seconds"] + seconds, 3)
         run["images_per_s"] = images_per_s(run)
         tracker = watcher.tracker
-        if tracker.run_id is not None:
-            run["mlflow"] = {"uri": tracker.uri, "run_id": tracker.run_id}
+        tracker.note(run, whole=False)
         done = state == "complete"
         pictures = preview(folder, job.data, job.config.zeroshot) if done else None
         if pictures is not None:
             folder.write_bytes("preview.png", pictures)
             run["preview"] = "preview.png"
         write_training(folder, run)
-        if usable:
-            tracker.finish(run, pictures)
+        if usable and tracker.on and tracker.finish(run, pictures):
+            tracker.note(run, whole=True)
+            write_training(folder, run)
     except OSError as e:
         if state == "complete":
             raise WorkError(f"train.json could not be written: {e}") from e

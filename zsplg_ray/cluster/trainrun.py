@@ -33,7 +33,8 @@ import pyarrow.fs as pafs
 from zsplg_ray import __version__
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.settings import WorkError, complain, fingerprint, flatten
+from zsplg_ray.runinfo import recorded
+from zsplg_ray.settings import WorkError, complain, fingerprint
 from zsplg_ray.vocab import ClassList
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def describe_training(
         "state": "running",
         "id": uuid.uuid4().hex,
         "attempt": "",
-        "config": flatten(config),
+        "config": recorded(config),
         "classes": classes.to_dict(),
         "data": {name: dict(what) for name, what in data.items()},
         "schedule": dict(schedule),
@@ -142,8 +143,24 @@ def refuse_other_training(folder: RunFolder, run: Mapping[str, Any]) -> dict[str
             shown = f"{folder.uri} with run.json"
             raise ValueError(complain("out", "a folder without other runs", shown, fix))
         return None
+    refuse_differences(old, run, weight_settings(run), folder.uri)
+    for name in ("labeled_masks", "val_masks"):
+        before, now = old["config"].get(name), run["config"][name]
+        if before != now:
+            log.warning("%s was %s in %s: taken to be the same masks", name, before, folder.uri)
+    return old
+
+
+def refuse_differences(
+    old: Mapping[str, Any], run: Mapping[str, Any], settings: Iterable[str], where: str
+) -> None:
+    """Compare settings, data and weights of two records, as `describe_training` makes them.
+
+    Raises: ValueError that names the first that differs, with both values; `where`: what holds
+        `old`.
+    """
     fix = "give the same value, or another --out"
-    pairs = [(k, old["config"].get(k), run["config"][k]) for k in weight_settings(run)]
+    pairs = [(k, old["config"].get(k), run["config"][k]) for k in settings]
     pairs += [("classes", old["classes"]["names"], run["classes"]["names"])]
     for name in run["data"]:
         before, now = old["data"].get(name) or {}, run["data"][name]
@@ -153,12 +170,7 @@ def refuse_other_training(folder: RunFolder, run: Mapping[str, Any]) -> dict[str
     pairs += [(f"weights of {k}", old["weights"].get(k), v) for k, v in run["weights"].items()]
     for name, before, now in pairs:
         if before != now:
-            raise ValueError(complain(name, f"{before} as in {folder.uri}", now, fix))
-    for name in ("labeled_masks", "val_masks"):
-        before, now = old["config"].get(name), run["config"][name]
-        if before != now:
-            log.warning("%s was %s in %s: taken to be the same masks", name, before, folder.uri)
-    return old
+            raise ValueError(complain(name, f"{before} as in {where}", now, fix))
 
 
 def is_finished(run: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from zsplg_ray.cluster.track import Tracker
+from zsplg_ray.cluster.track.train import Tracker
 from zsplg_ray.cluster.trainrun import read_training
 from zsplg_ray.rundir import RunFolder
 

@@ -144,6 +144,10 @@ def _write_checkpoint(folder: Path, job: Job, state: TrainState, told: Report) -
 # On the controller -------------------------------------------------------------------------------
 
 
+class Stopped(WorkError):
+    """Whoever watches a run wants no more of it; a callback raises it. Its checkpoints stay."""
+
+
 class Keeper(ray.train.UserCallback):
     """Keeps train.json, and ends a run that fails in a way that another try would not mend."""
 

@@ -1,4 +1,4 @@
-"""MLflow: what arrives there, and that nothing that happens there matters to a run."""
+"""A training run in MLflow: what arrives, and that nothing that happens there matters to it."""
 
 import base64
 import json
@@ -18,10 +18,23 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from tests.cluster.tracking import artefacts, read_json, table
 from tests.cluster.training import config
-from zsplg_ray.cluster.track import PAUSE_S, TAG, Tracker, entry_metrics, store_uri
-from zsplg_ray.cluster.trainrun import describe_training, identify, write_training
-from zsplg_ray.config import MlflowConfig
+from zsplg_ray.cluster.track.store import TAG
+from zsplg_ray.cluster.track.train import (
+    PAUSE_S,
+    Tracker,
+    best_iou,
+    entry_metrics,
+    send_finished,
+)
+from zsplg_ray.cluster.trainrun import (
+    describe_training,
+    identify,
+    read_training,
+    write_training,
+)
+from zsplg_ray.config import MlflowConfig, ModelMlflowConfig
 from zsplg_ray.images import decode_image
 from zsplg_ray.records import decode_png
 from zsplg_ray.rundir import RunFolder
@@ -62,33 +75,44 @@ def tracked(tmp_path_factory):
         here = tmp_path_factory.mktemp("elsewhere")
         patch.chdir(here)
         folder, run = training(tmp_path_factory.mktemp("tracked"))
-        first = Tracker(MlflowConfig(), folder)
+        config = ModelMlflowConfig(register="shapes student")
+        first = Tracker(config, folder)
         first.sync({**run, "state": "running", "history": run["history"][:1]})
-        again = Tracker(MlflowConfig(), folder)
+        again = Tracker(config, folder)
         again.sync({**run, "state": "running"})
         assert again.run_id == first.run_id, "found again by its tag"
-        again.finish(run, b"a picture")
+        assert again.finish(run, b"a picture")
+        again.note(run, whole=True)
+        write_training(folder, run)
         assert not list(here.iterdir()), "nothing is left where the command was started"
     return folder, run, again
 
 
 def test_what_a_run_tells_mlflow(tracked):
     folder, run, tracker = tracked
-    client = MlflowClient(tracker.uri)
+    client = MlflowClient(tracker.store.uri)
     found = client.get_run(tracker.run_id)
     assert found.info.status == "FINISHED" and found.info.run_name == Path(folder.path).name
     assert found.data.params["student.backbone"] == "test_byobnet"
     assert set(found.data.params) == set(run["config"])
     tags = found.data.tags
-    assert tags["state"] == "complete" and tags["zeroshot"] == "0123abcd" and tags[TAG] == run["id"]
+    assert tags["zsplg_ray.state"] == "complete" and tags[TAG] == run["id"]
+    assert tags["zsplg_ray.labels"] == "0123abcd" and tags["zsplg_ray.verb"] == "train"
+    assert tags["zsplg_ray.model"] == load_student(folder.uri).sha256
     steps = [(m.step, m.value) for m in client.get_metric_history(tracker.run_id, "iou/circle")]
     assert steps == [(6, pytest.approx(0.1)), (12, pytest.approx(0.2))], "each once"
     assert found.data.metrics["val_miou"] == pytest.approx(0.2) and "epoch" in found.data.metrics
     assert "iou/heart" not in found.data.metrics and "time" not in found.data.metrics
-    names = {f.path for f in client.list_artifacts(tracker.run_id)}
-    assert {"train.json", "best.png"} <= names
-    here = client.download_artifacts(tracker.run_id, "train.json")
-    assert json.loads(Path(here).read_text()) == run
+    assert artefacts(tracker.store.uri, tracker.run_id) == {
+        "train.json",
+        "best.png",
+        "iou.png",
+        "iou.json",
+    }
+    sent = read_json(tracker.store.uri, tracker.run_id, "train.json")
+    assert sent == {**run, "mlflow": None}
+    iou = table(tracker.store.uri, tracker.run_id, "iou.json")
+    assert iou == {"class": ["background", "circle", "heart"], "iou": [0.9, 0.2, None]}
     models = client.search_logged_models([found.info.experiment_id])
     assert [m.source_run_id for m in models] == [tracker.run_id]
 
@@ -98,8 +122,8 @@ def test_the_logged_model_gives_a_mask(tracked, tmp_path, monkeypatch):
     write_voc(tmp_path, 1, seed=3)
     image = next(tmp_path.glob("JPEGImages/*")).read_bytes()
     # By the environment: set_tracking_uri would leave its mark there for all later tests.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
-    model = mlflow.pyfunc.load_model(f"runs:/{tracker.run_id}/model")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.store.uri)
+    model = mlflow.pyfunc.load_model("models:/shapes student@champion")
     out = model.predict(pd.DataFrame({"image": [image, image]}))
     expected, _ = Predictor(load_student(folder.uri)).predict(decode_image(image))
     assert (decode_png(out["label_png"][1]) == expected).all()
@@ -111,6 +135,25 @@ def test_the_logged_model_gives_a_mask(tracked, tmp_path, monkeypatch):
         model.predict(pd.DataFrame({"picture": [image]}))
 
 
+def test_a_finished_run_sends_only_what_is_missing(tracked):
+    folder, _, tracker = tracked
+    run = read_training(folder)
+    assert run is not None and run["mlflow"]["model"] == "shapes student/1"
+    client = tracker.store.client
+    before = client.get_run(tracker.run_id).to_dictionary()
+    config = ModelMlflowConfig(uri=tracker.store.uri, register="shapes student")
+    send_finished(config, folder, run)
+    assert client.get_run(tracker.run_id).to_dictionary() == before
+    run["mlflow"]["whole"] = False  # as if the server had gone before the end
+    send_finished(config, folder, run)
+    assert read_training(folder) == run and run["mlflow"]["whole"]
+    assert run["mlflow"]["run_id"] == tracker.run_id
+    versions = client.search_model_versions("name = 'shapes student'")
+    assert [version.run_id for version in versions] == [tracker.run_id], "registered once"
+    assert len(client.search_logged_models([before["info"]["experiment_id"]])) == 1
+    assert len(client.get_metric_history(tracker.run_id, "loss")) == 2
+
+
 @pytest.mark.slow
 def test_mlflow_models_serve_answers(tracked, tmp_path):
     folder, _, tracker = tracked
@@ -120,7 +163,7 @@ def test_mlflow_models_serve_answers(tracked, tmp_path):
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
     command += ["-m", f"runs:/{tracker.run_id}/model", "-p", str(port), "-h", "127.0.0.1"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it starts uvicorn by name
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracker.uri, "PATH": path}
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracker.store.uri, "PATH": path}
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
@@ -176,7 +219,7 @@ def test_a_dead_server_is_told_of_once_and_at_the_end(tmp_path, caplog, monkeypa
         tracker.sync(run)
     assert time.monotonic() - began < PAUSE_S, "after a failure nothing is tried for a while"
     assert len(caplog.records) == 1 and "does not answer as it should" in caplog.text
-    tracker.finish(run, None)
+    assert not tracker.finish(run, None)
     assert len(caplog.records) == 2
     assert "has not got 2 of 2 validations; they are in train.json" in caplog.text
     assert tracker.run_id is None
@@ -184,16 +227,17 @@ def test_a_dead_server_is_told_of_once_and_at_the_end(tmp_path, caplog, monkeypa
 
 def test_what_a_server_missed_is_sent_once_it_is_back(tmp_path, monkeypatch):
     folder, run = training(tmp_path / "run", epochs=2)
-    tracker = Tracker(MlflowConfig(), folder)
+    tracker = Tracker(MlflowConfig(uri="http://x"), folder)
     got: list[int] = []
 
     class Client:
-        def log_batch(self, run_id, metrics):
+        def log_batch(self, run_id, metrics, params, tags):
             if down:
                 raise ConnectionError("down")
             got.append(metrics[0].step)
 
-    tracker._client, tracker.run_id = Client(), "id"  # type: ignore[assignment]
+    tracker.store._client = Client()  # type: ignore[assignment]
+    tracker.run_id, tracker._opened = "id", True
     down = True
     tracker.sync(run)
     down = False
@@ -209,23 +253,9 @@ def test_tracking_can_be_off(tmp_path):
     folder, run = training(tmp_path / "run")
     tracker = Tracker(MlflowConfig(uri="off"), folder)
     tracker.sync(run)
-    tracker.finish(run, None)
-    assert tracker.uri is None and tracker.run_id is None
+    assert tracker.finish(run, None)
+    assert tracker.store.uri is None and tracker.run_id is None
     assert not (tmp_path / "run" / "mlflow.db").exists()
-
-
-def test_where_runs_are_tracked(tmp_path, monkeypatch, caplog):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    caplog.set_level(logging.INFO)
-    here, there = RunFolder(str(tmp_path / "run")), RunFolder("s3://bucket/run?region=x")
-    assert store_uri(MlflowConfig(), here) == f"sqlite:///{tmp_path}/run/mlflow.db"
-    assert store_uri(MlflowConfig(), there) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert "./mlflow.db" in caplog.text
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert store_uri(MlflowConfig(), here) == "http://mlflow:5000"
-    assert store_uri(MlflowConfig(uri="http://other"), here) == "http://other"
-    assert store_uri(MlflowConfig(uri="off"), here) is None
 
 
 def test_an_entry_becomes_numbers():
@@ -233,3 +263,10 @@ def test_an_entry_becomes_numbers():
     assert values["iou/circle"] == pytest.approx(0.2) and values["confident"] == 0.5
     assert not {"iou", "iou/heart", "time", "step"} & values.keys()
     assert entry_metrics(entry(1, val_miou=None)).keys().isdisjoint({"val_miou"})
+
+
+def test_the_best_epoch_is_the_one_that_is_drawn():
+    run = {"history": [entry(1), entry(2), entry(3)], "best": {"step": 12}, "last": {"step": 18}}
+    assert best_iou(run)["circle"] == pytest.approx(0.2)
+    assert best_iou({**run, "best": None})["circle"] == pytest.approx(0.3)
+    assert best_iou({"history": [], "best": None, "last": None}) == {}

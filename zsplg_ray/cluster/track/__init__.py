@@ -1,0 +1,1 @@
+"""MLflow: runs of every verb, their links, studies with nested trials, models."""

@@ -1,0 +1,271 @@
+"""What a training run tells MLflow.
+
+What enters: the content of train.json as it grows, at the end the best model and pictures. What
+leaves: one MLflow run for one folder (see store.py for its tags). It is told on a thread of the
+driver; no worker waits for it.
+
+A server that is down or slow costs nothing but its entries: every call has a short timeout and is
+guarded, train.json holds the whole history, and whatever is missing is sent with the next
+validation that gets through, or at the end; and if not then, by the same command once more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from zsplg_ray.cluster.track.model import log_model, register
+from zsplg_ray.cluster.track.store import PREFIX, TAG, Store, in_short
+from zsplg_ray.cluster.trainrun import write_training
+from zsplg_ray.config import MlflowConfig, ModelMlflowConfig
+from zsplg_ray.rundir import RunFolder
+from zsplg_ray.storage import Place
+from zsplg_ray.student.checkpoint import read_weights, state_sha256
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 60.0
+"""Seconds after a failure in which nothing is tried."""
+PATIENCE_S = 300.0
+"""How long the end of a run waits for MLflow, which gets a model then."""
+
+
+class Tracker:
+    """The MLflow run of a folder. No method but `catch_up` and `end` raises because of MLflow.
+
+    Args:
+        config: Where to track.
+        folder: The training run's folder.
+        run_id: The MLflow run, where train.json knows it.
+        tags: Further ones for the run, such as `mlflow.parentRunId`.
+    """
+
+    def __init__(
+        self,
+        config: MlflowConfig,
+        folder: RunFolder,
+        run_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config, self.folder, self.run_id = config, folder, run_id
+        self.store = Store(config, folder)
+        self.model: str | None = None
+        """`NAME/VERSION` of the registered model."""
+        self._tags = dict(tags or {})
+        self._opened = False
+        self._sent = -1
+        """Step of the last entry of the history that MLflow has."""
+        self._warned = False
+        self._pause_until = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        config: MlflowConfig,
+        folder: RunFolder,
+        run: Mapping[str, Any],
+        tags: Mapping[str, str] | None = None,
+    ) -> Tracker:
+        """The tracker of a run by its train.json, which may know the MLflow run."""
+        tracker = cls(config, folder, tags=tags)
+        known = run.get("mlflow") or {}
+        if known.get("uri") == tracker.store.shown:  # else a tag finds it
+            tracker.run_id = known.get("run_id")
+        return tracker
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any tracking."""
+        return self.store.on
+
+    def sync(self, run: Mapping[str, Any]) -> None:
+        """Find or make the MLflow run, and send the entries of the history that it has not got.
+
+        After a failure nothing is tried for a while: whoever calls this has other things to do.
+        """
+        if self.on and time.monotonic() >= self._pause_until:
+            self._guarded(lambda: self.catch_up(run))
+
+    def finish(self, run: Mapping[str, Any], pictures: bytes | None) -> bool:
+        """Send what is missing, train.json, pictures and the best model; end the MLflow run.
+
+        Returns: Whether MLflow has all of it.
+        """
+        if not self.on:
+            return True
+        ended: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: ended.append(self._finish(run, pictures)), daemon=True
+        )
+        thread.start()
+        thread.join(PATIENCE_S)
+        missing = sum(entry["step"] > self._sent for entry in run["history"])
+        if missing:
+            told = "MLflow at %s has not got %d of %d validations; they are in train.json"
+            log.warning(told, self.store.shown, missing, len(run["history"]))
+        elif not ended or not ended[0]:
+            told = "MLflow at %s has not got the end of the run; the same command sends it again"
+            log.warning(told, self.store.shown)
+        return bool(ended and ended[0])
+
+    def _finish(self, run: Mapping[str, Any], pictures: bytes | None) -> bool:
+        config = self.config
+        calls = [lambda: self.catch_up(run), lambda: self._send_files(run, pictures)]
+        if run["state"] == "complete":
+            calls.append(self._send_sha256)
+            if isinstance(config, ModelMlflowConfig) and config.log_model:
+                calls.append(lambda: self._send_model(config))
+        calls.append(lambda: self.end(run))
+        return all(self._guarded(call) for call in calls)
+
+    def note(self, run: dict[str, Any], whole: bool) -> None:
+        """Put into train.json where the MLflow run is. `whole`: whether MLflow has all of it."""
+        if self.run_id is not None:
+            run["mlflow"] = {"uri": self.store.shown, "run_id": self.run_id, "whole": whole}
+            run["mlflow"] |= {"model": self.model} if self.model else {}
+
+    # What may fail -------------------------------------------------------------------------------
+
+    def _guarded(self, call: Callable[[], object]) -> bool:
+        """Whether it went well."""
+        try:
+            call()
+            return True
+        except Exception as e:  # MLflow's own, the database's, the network's
+            why = in_short(e)
+            if not self._warned:
+                told = "MLflow at %s does not answer as it should (%s); training goes on without it"
+                log.warning(told, self.store.shown, why)
+            self._warned = True
+            self._pause_until = time.monotonic() + PAUSE_S
+            return False
+
+    def catch_up(self, run: Mapping[str, Any]) -> None:
+        """As `sync`, at once; raises what MLflow raises."""
+        if not self._opened:
+            self._open(run)
+        for entry in run["history"]:
+            if entry["step"] > self._sent:
+                metrics = entry_metrics(entry)
+                self.store.send(self._run, metrics=metrics, at_s=entry["time"], step=entry["step"])
+                self._sent = entry["step"]
+
+    @property
+    def _run(self) -> str:
+        assert self.run_id is not None
+        return self.run_id
+
+    def _open(self, run: Mapping[str, Any]) -> None:
+        store = self.store
+        store.open()
+        tags = training_tags(run, self.folder) | self._tags
+        if self.run_id is None:
+            name = self.config.run_name or Place.parse(self.folder.uri).name
+            self.run_id, _ = store.begin(name, {TAG: run["id"]}, tags)
+        else:
+            store.client.update_run(self.run_id, status="RUNNING")
+        store.send(self.run_id, tags=tags)
+        if "mlflow.runName" in tags:
+            store.client.update_run(self.run_id, name=tags["mlflow.runName"])
+        store.send_missing_params(self.run_id, run["config"])
+        sent = store.client.get_metric_history(self.run_id, "loss")
+        self._sent = max((metric.step for metric in sent), default=-1)
+        self._opened = True
+
+    def _send_files(self, run: Mapping[str, Any], pictures: bytes | None) -> None:
+        from zsplg_ray.views.figures import iou_bars  # it loads matplotlib
+
+        files = {"train.json": json.dumps(run, indent=1).encode()}
+        files |= {"best.png": pictures} if pictures is not None else {}
+        iou = best_iou(run)
+        files |= {"iou.png": iou_bars({"best epoch": iou})} if iou else {}
+        self.store.send_files(self._run, files)
+        if iou:
+            columns = {"class": list(iou), "iou": list(iou.values())}
+            self.store.send_table(self._run, "iou.json", columns)
+
+    def _send_model(self, config: ModelMlflowConfig) -> None:
+        made = log_model(self.store, self._run, self.folder)
+        if config.register is not None:
+            version = register(self.store, self._run, made, config.register, config.alias)
+            self.model = f"{config.register}/{version}"
+
+    def _send_sha256(self) -> None:
+        """The tag by which predictions of this model are found."""
+        sha256 = state_sha256(read_weights(self.folder.uri).state)
+        self.store.client.set_tag(self._run, f"{PREFIX}model", sha256)
+
+    def end(self, run: Mapping[str, Any]) -> None:
+        """End the MLflow run; raises what MLflow raises."""
+        at_s = run["history"][-1]["time"] if run["history"] else time.time()
+        self.store.end(self._run, run["state"], at_s)
+
+
+def send_finished(
+    config: ModelMlflowConfig,
+    folder: RunFolder,
+    run: dict[str, Any],
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Send a finished run again where MLflow has not got all of it, or is to register its model.
+
+    Nothing where the run was not tracked and is not to be registered. `run` is changed in place,
+    and written if anything has been sent.
+    """
+    known = run.get("mlflow") or {}
+    registered = str(known.get("model", "")).startswith(f"{config.register}/")
+    wanted = config.register is not None and not registered
+    tracker = Tracker.of(config, folder, run, tags)
+    if not tracker.on or not (wanted or (known and not known.get("whole", True))):
+        return
+    whole = tracker.finish(run, folder.read_bytes(run.get("preview") or "preview.png"))
+    tracker.note(run, whole)
+    write_training(folder, run)
+
+
+def training_tags(run: Mapping[str, Any], folder: RunFolder) -> dict[str, str]:
+    """What a training run was made from, see store.py. `run`: content of train.json."""
+    data = run["data"].get("unlabelled", {})
+    tags = {
+        "verb": "train",
+        "out": Place.parse(folder.uri).uri,
+        "state": run["state"],
+        "fingerprint": run["fingerprint"],
+        "classes": ", ".join(run["classes"]["names"]),
+        "labels": data.get("zeroshot"),
+        "init": run["weights"].get("init"),
+    }
+    if tags["labels"] and run["config"].get("zeroshot"):
+        tags |= labels_tags(run["config"]["zeroshot"])
+    return {f"{PREFIX}{k}": v for k, v in tags.items() if v}
+
+
+def labels_tags(uri: str) -> dict[str, str | None]:
+    """Where the labels of a run's folder come from, without the prefix; what can be told of it."""
+    place = Place.parse(uri)
+    tags: dict[str, str | None] = {"labels_folder": place.uri}
+    try:
+        run = RunFolder(uri).read_run() or {}
+    except (OSError, ValueError):  # it may have gone since
+        return tags
+    tags["labels_mlflow"] = (run.get("mlflow") or {}).get("run_id")
+    tags["segments"] = run.get("fingerprint") if run.get("verb", "label") == "label" else None
+    return tags
+
+
+def best_iou(run: Mapping[str, Any]) -> dict[str, float | None]:
+    """IoU by class at the best epoch of train.json, the last one if nothing was validated."""
+    step = (run["best"] or run["last"] or {"step": None})["step"]
+    entries = [entry for entry in run["history"] if entry["step"] == step] or run["history"][-1:]
+    return dict(entries[0].get("iou") or {}) if entries else {}
+
+
+def entry_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an entry of the history; IoU of a class is `iou/NAME`."""
+    values = {k: v for k, v in entry.items() if k not in ("step", "time", "iou")}
+    values |= {f"iou/{name}": value for name, value in (entry.get("iou") or {}).items()}
+    return {k: float(v) for k, v in values.items() if v is not None}
