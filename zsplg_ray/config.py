@@ -600,7 +600,7 @@ class TuneLabelsConfig(Section):
     quiet: bool = False
     """No progress on stderr."""
     json: bool = False
-    """The whole of study.json on stdout instead of a summary."""
+    """What each run's tune.json holds on stdout instead of a summary."""
     search: SearchConfig = field(default_factory=SearchConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     ray: RayConfig = field(default_factory=RayConfig)

@@ -36,8 +36,9 @@ from zsplg_ray.sources import image_key
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["segments", "labels", "errors"]
-KINDS: tuple[Kind, ...] = ("segments", "labels", "errors")
+Kind = Literal["segments", "labels", "errors", "regions"]
+KINDS: tuple[Kind, ...] = ("segments", "labels", "errors", "regions")
+"""What parts hold; `regions` are a cache beside segments of the same names, and may be deleted."""
 Verb = Literal["label", "predict"]
 COMMITS: dict[Verb, Kind] = {"label": "segments", "predict": "labels"}
 """Which kind of part says that an image is done, by the verb that makes the run."""

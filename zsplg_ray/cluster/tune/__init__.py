@@ -1,0 +1,1 @@
+"""Ray Tune: thresholds of labels, and settings of training, found by trying them."""
