@@ -69,7 +69,7 @@ def train(given: config.TrainConfig) -> int:
 
 def tune_labels(given: config.TuneLabelsConfig) -> int:
     """Search for thresholds; see config.TuneLabelsConfig."""
-    from zsplg_ray.cluster import tune_labels as room
+    from zsplg_ray.cluster.tune import labels as room
 
     study = room.tune_labels(given)
     print(json.dumps(study) if given.json else room.summary(study))
@@ -78,7 +78,7 @@ def tune_labels(given: config.TuneLabelsConfig) -> int:
 
 def tune_train(given: config.TuneTrainConfig) -> int:
     """Search for training settings; see config.TuneTrainConfig."""
-    from zsplg_ray.cluster import tune_train as room
+    from zsplg_ray.cluster.tune import train as room
 
     study = room.tune_train(given)
     print(json.dumps(study) if given.json else room.summary(study))
@@ -222,10 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "interrupted; what is finished is kept, the same command goes on from there",
-            file=sys.stderr,
-        )
+        goes_on = "goes on from there" if verb != "tune train" else "with --resume goes on"
+        print(f"interrupted; what is finished is kept, the same command {goes_on}", file=sys.stderr)
         return 130
     except (WorkError, OSError) as e:  # OSError: a full disk, a folder that may not be written
         logging.getLogger(__name__).debug("what failed", exc_info=True)
