@@ -96,6 +96,7 @@ BAD: list[tuple[list[str], str, str]] = [
     ([*LABEL, "-x"], "got -x", "--help"),
     ([*LABEL, "--config"], "config must be a YAML file, got nothing", "write --config FILE"),
     ([*LABEL, "--config="], "config must be a YAML file, got nothing", "write --config FILE"),
+    ([*LABEL, "--config", "file:///none.yaml"], "config must be a readable", "No such file"),
     ([*LABEL, "--config", "none.yaml"], "config must be a readable YAML file", "No such file"),
     ([*LABEL, "--sam", "a\nb"], "got a\\nb", "choose"),
 ]
@@ -285,7 +286,8 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default():
         "compose:\n  min_similarity: {cat: 0.3, '*': 0.2}\n  min_margin: 0.25\n"
         "actors.min: 2\nprompts: {templates: ['a {class}']}\n"
     )
-    for argv in (["--config", "c.yaml"], ["--config=c.yaml"]):
+    address = f"file://{Path('c.yaml').absolute()}"
+    for argv in (["--config", "c.yaml"], ["--config=c.yaml"], ["--config", address]):
         flags = ["--sam", "vit_l", "--no-quiet", "--compose.min-margin", "0.5"]
         made = parsed(["label", *flags, *argv])
         plain = parsed(LABEL)

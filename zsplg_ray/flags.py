@@ -66,7 +66,7 @@ def parse(
     argv, file = _take_config(list(argv))
     flags, hints = flag_names(cls), setting_types(cls)
     given = {flags[name] for name in _flags(argv, flags)}
-    in_file = nest(read_yaml(file)) if file is not None else {}
+    in_file = nest(_read(file)) if file is not None else {}
     in_file = {k: v for k, v in in_file.items() if k in hints or k not in theirs}
     values = _merge(nest(stored(argv, in_file)), in_file)
     for name in required(cls):
@@ -78,6 +78,15 @@ def parse(
             fix = f"see zsplg {verb} --help"
             raise ValueError(complain(name, "given", "nothing", fix))
     return made
+
+
+def _read(file: str) -> dict[str, Any]:
+    """What a YAML file says, on this machine or at an address. Raises: ValueError."""
+    if "://" not in file:
+        return read_yaml(file)
+    from zsplg_ray.storage import read_bytes  # takes its time to import
+
+    return read_yaml(file, read_bytes)
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], str | None]:

@@ -14,7 +14,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -121,10 +121,14 @@ def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:
     return typing.cast("S", _build(cls, nest(values), None))
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises: ValueError if it is missing or not a mapping."""
+def read_yaml(path: str, read: Callable[[str], bytes] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises: ValueError if it is missing or not a mapping.
+
+    `read`: what reads it; None: from this machine's disk.
+    """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = read(path) if read is not None else Path(path).read_bytes()
+        loaded = yaml.safe_load(data.decode())
     except OSError as e:
         reason = e.strerror or str(e)
         raise ValueError(complain("config", "a readable YAML file", path, reason)) from e

@@ -78,6 +78,8 @@ def test_what_makes_no_difference_is_left_out():
     assert not found & {TEMPLATES, "compose.min_area_px", "compose.min_stability"}
     with pytest.raises(ValueError, match=r"^search.over must be .*make a difference"):
         compose_space(DEFAULT, flat, over=["compose.min_stability"])
+    with pytest.raises(ValueError, match=r"got compose.temperature, .*; add compose.score"):
+        compose_space(DEFAULT, LIMITS, over=["compose.temperature", "compose.order"])
 
 
 def test_one_other_set_of_templates_is_used_without_a_search():

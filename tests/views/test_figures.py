@@ -97,6 +97,12 @@ def test_nothing_to_show_is_no_error():
     assert confusion_matrix(np.zeros((2, 3), np.int64), ["background", "cat"])
 
 
+def test_names_are_no_formulas():
+    odd = {"$x^$": 0.5, "a$b": 0.25, r"\frac": None}
+    drawn = [iou_bars({"tuned": odd}), confusion_matrix(np.ones((3, 4), int), list(odd))]
+    assert all(ink(png, "#ffffff") for png in drawn)
+
+
 def test_threads_draw_the_same():
     expected = class_shares({"cat": 0.4, "dog": 0.6})
     made: list[bytes] = []

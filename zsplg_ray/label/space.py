@@ -251,8 +251,12 @@ def compose_space(
         ValueError: `over` names what cannot be searched, or a kind of score without a threshold.
     """
     chosen = check_over(over, templates)
-    found = [Dimension(SCORE, ("cosine", "softmax")), Dimension(TEMPLATES, tuple(templates))]
     kinds = ("cosine", "softmax") if SCORE in chosen else (default[SCORE],)
+    if over is not None and "compose.temperature" in over and "softmax" not in kinds:
+        fix = f"add {SCORE} and compose.min_similarity, or leave compose.temperature out"
+        got = f"compose.temperature, with {SCORE} {default[SCORE]}"
+        raise ValueError(complain("search.over", "settings that make a difference", got, fix))
+    found = [Dimension(SCORE, ("cosine", "softmax")), Dimension(TEMPLATES, tuple(templates))]
     middle, high = limits.margin
     ends = {"cosine": limits.cosine, "softmax": limits.softmax}
     lead = {"cosine": (0.0, high), "softmax": (0.0, limits.softmax[1])}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,7 +36,6 @@ from zsplg_ray.label.compose import (
     score_segments,
 )
 from zsplg_ray.label.regions import Regions
-from zsplg_ray.label.segments import Segments
 from zsplg_ray.label.sweep_kernels import Flat, tally, turned
 from zsplg_ray.label.thresholds import ThresholdSearch
 from zsplg_ray.settings import complain
@@ -73,13 +72,36 @@ class Ranges:
     """IoU of the mask at a higher and a lower cut-off."""
 
 
+class Qualities(Protocol):
+    """What a sweep must know of one image's R segments beside their masks; `Segments` knows it."""
+
+    @property
+    def area_px(self) -> np.ndarray:
+        """int64 [R], pixels."""
+        ...
+
+    @property
+    def predicted_iou(self) -> np.ndarray:
+        """float32 [R], the quality that SAM predicts."""
+        ...
+
+    @property
+    def stability(self) -> np.ndarray:
+        """float32 [R], IoU of the mask at a higher and a lower cut-off."""
+        ...
+
+    def __len__(self) -> int:
+        """R."""
+        ...
+
+
 class Sweep:
     """Labelled images, ready to be scored under any setting of `compose`; cheap to pickle."""
 
     def __init__(
         self,
         regions: Sequence[Regions],
-        qualities: Sequence[Segments],
+        qualities: Sequence[Qualities],
         sims: Mapping[str, Sequence[np.ndarray]],
         classes: ClassList,
     ) -> None:
@@ -320,7 +342,7 @@ def _laid_out(regions: Sequence[Regions]) -> Flat:
 
 def _check_images(
     regions: Sequence[Regions],
-    qualities: Sequence[Segments],
+    qualities: Sequence[Qualities],
     sims: Mapping[str, Sequence[np.ndarray]],
     classes: ClassList,
 ) -> None:

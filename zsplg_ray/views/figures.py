@@ -27,6 +27,8 @@ MOST_CELLS = 30
 
 _ANNOTATED = 14
 """Up to so many classes every cell of a confusion matrix has its number."""
+_NAME_CHARS = 28
+"""A longer name is cut off at the axis of a bar chart."""
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -138,7 +140,7 @@ def confusion_matrix(confusion_KL: np.ndarray, names: Sequence[str]) -> bytes:
         names: The K class names. Those that occur nowhere are left out; of more than MOST_CELLS
             those stay that most pixels are mistaken from or for, the others become one.
     """
-    counts, labels, note = _summarised(np.asarray(confusion_KL, np.int64), list(names))
+    counts, labels, note = _summarised(np.asarray(confusion_KL, np.int64), _plain(names))
     n = len(labels)
     columns = [*labels, "left open"]
     if not counts[:, -1].any():
@@ -243,9 +245,15 @@ def _grid(ax: Axes, axis: str) -> None:
     ax.set_axisbelow(True)
 
 
+def _plain(names: Sequence[str]) -> list[str]:
+    """Names as they are: matplotlib takes what stands between dollars for mathematics."""
+    return [name.replace("$", r"\$") for name in names]
+
+
 def _class_axis(ax: Axes, names: Sequence[str]) -> None:
     """Class names down the left side, the first one on top."""
-    ax.set_yticks(range(len(names)), [n if len(n) <= 28 else f"{n[:27]}…" for n in names])
+    shown = [name if len(name) <= _NAME_CHARS else f"{name[: _NAME_CHARS - 1]}…" for name in names]
+    ax.set_yticks(range(len(names)), _plain(shown))
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0, labelsize=8)
     ax.spines["left"].set_visible(False)

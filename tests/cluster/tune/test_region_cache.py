@@ -7,6 +7,7 @@ from PIL import Image
 
 from zsplg_ray.cluster.parts import segments_row
 from zsplg_ray.cluster.tune import region_cache
+from zsplg_ray.cluster.tune.candidates import Images
 from zsplg_ray.cluster.tune.region_cache import judge_part
 from zsplg_ray.config import ComposeConfig
 from zsplg_ray.label.compose import compose
@@ -168,3 +169,10 @@ def test_the_cache_does_not_disturb_the_run(world):
     found = world.folder.repair()
     assert found.done == set(IDS)
     assert len(world.folder.parts("regions")) == 1
+
+
+def test_masks_that_say_nothing_are_left_out():
+    images = Images(["a", "b", "c"], without_truth=4, without_segments=0)
+    assert images.only(["a", "c"]) == Images(["a", "c"], without_truth=5, without_segments=0)
+    with pytest.raises(ValueError, match=r"^truth must be .* that is not 255, got 1 of 3; "):
+        images.only(["b"])

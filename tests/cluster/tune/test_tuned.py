@@ -2,7 +2,7 @@
 
 import yaml
 
-from zsplg_ray.cluster.tune.tuned import NAME, write_tuned
+from zsplg_ray.cluster.tune.tuned import NAME, tuned_file, write_tuned
 from zsplg_ray.config import ComposeConfig, LabelConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import flatten, from_mapping
@@ -25,6 +25,12 @@ def test_settings_come_back(tmp_path):
         k: list(v) if isinstance(v, tuple) else v for k, v in values.items()
     }
     assert made["compose.order"] == ComposeConfig().order
+
+
+def test_its_place_is_one_that_config_takes():
+    assert tuned_file("my run/") == "my run/tuned.yaml"
+    store = "s3://bucket/run?endpoint_override=http%3A%2F%2Fhere"
+    assert tuned_file(store) == store.replace("?", "/tuned.yaml?")
 
 
 def test_a_newer_file_takes_the_place_of_the_older(tmp_path):

@@ -8,7 +8,7 @@ wrong with the input is said here, before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zsplg_ray.cluster.relabel import text_encoder
@@ -55,6 +55,14 @@ class Images:
     """Images of the first run that have no mask."""
     without_segments: int
     """Masks of images that are not in all runs."""
+
+    def only(self, ids: list[str]) -> Images:
+        """Those whose masks say something. Raises: ValueError if these are fewer than two."""
+        if len(ids) < 2:
+            rule, fix = "masks of at least 2 images with a pixel that is not 255", "label more"
+            raise ValueError(complain("truth", rule, f"{len(ids)} of {len(self.ids)}", fix))
+        without = self.without_truth + len(self.ids) - len(ids)
+        return replace(self, ids=ids, without_truth=without)
 
 
 def open_candidates(uris: Sequence[str], truth: Truth) -> list[Candidate]:

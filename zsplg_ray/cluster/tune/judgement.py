@@ -23,6 +23,7 @@ import numpy as np
 from zsplg_ray.config import ComposeConfig
 from zsplg_ray.label.space import SCORE, TEMPLATES
 from zsplg_ray.label.sweep import Sweep, miou
+from zsplg_ray.metrics import scores
 from zsplg_ray.settings import from_mapping
 from zsplg_ray.vocab import ClassList
 
@@ -192,7 +193,7 @@ def compared(folds: Sequence[Verdict], names: Sequence[str]) -> dict[str, Any]:
                 "coverage": pooled["coverage"],
                 "precision": pooled["precision"],
             }
-        parts["held_out"]["iou"] = class_iou(pooled_held_out(folds, name), names)
+        parts["held_out"]["iou"] = scores(pooled_held_out(folds, name), names)["iou"]
         default = [miou(fold.part("default", True)) for fold in folds]
         mine = parts["held_out"]["folds"]
         gain = _spread([m - d for m, d in zip(mine, default, strict=True)])
@@ -206,16 +207,6 @@ def pooled_held_out(folds: Sequence[Verdict], name: str) -> np.ndarray:
     it; int64 [K, K + 1].
     """
     return np.sum([fold.part(name, held=True) for fold in folds], axis=0)
-
-
-def class_iou(confusion_KL: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:
-    """IoU by class; None for a class that is in neither truth nor prediction."""
-    hits_K = np.diagonal(confusion_KL)
-    union_K = confusion_KL.sum(axis=1) + confusion_KL[:, :-1].sum(axis=0) - hits_K
-    return {
-        name: int(hits) / int(union) if union else None
-        for name, hits, union in zip(names, hits_K, union_K, strict=True)
-    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

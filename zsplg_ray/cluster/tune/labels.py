@@ -22,7 +22,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import ray
@@ -80,7 +80,7 @@ def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
     truth = open_truth(config.truth, root=config.root)
     candidates = open_candidates(config.run, truth)
     images = labelled_images(candidates, truth)
-    folds = _folds(config, len(images.ids))
+    _folds(config, len(images.ids))
     with contextlib.ExitStack() as held:
         for candidate in candidates:
             held.enter_context(only_run(candidate.folder))
@@ -91,6 +91,9 @@ def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
                 read_images(candidate, images, truth, texts, told)
                 for candidate, texts in zip(candidates, banks, strict=True)
             ]
+        seen = [[one for one in mine if len(one.regions)] for mine in seen]  # else all of it is 255
+        images = images.only([one.image_id for one in seen[0]])
+        folds = _folds(config, len(images.ids))
         holds = [one.classes for one in seen[0]]
         group_I = split(holds, folds, config.holdout, _seed(config))
         study = _Study(config, candidates, images, folds, group_I)
@@ -169,7 +172,7 @@ class _Study:
     def _subject(self, candidate: Candidate, seen: Sequence[Judged]) -> Subject:
         sims = {name: [one.sims[name] for one in seen] for name in seen[0].sims}
         regions = [one.regions for one in seen]
-        sweep = Sweep(regions, cast("Any", seen), sims, candidate.classes)
+        sweep = Sweep(regions, seen, sims, candidate.classes)
         return Subject(sweep, self.group_I, self.n_groups, candidate.classes)
 
     def _searches(self, r: int, of_run: tuple[Subject, Sequence[Judged]]) -> list[Search]:
@@ -180,18 +183,14 @@ class _Study:
         subject, seen = of_run
         config, default = self.config, self.candidates[r].default
         image_px = float(np.median([np.prod(one.regions.size_hw) for one in seen]))
-        searches = []
-        for s, held_out in enumerate(self.held_out):
-            seen_I = subject.all_but(held_out)
-            ranges = [
-                subject.sweep.ranges(name, compose_config(default), seen_I)
-                for name in config.templates
-            ]
-            limits = Limits.of(ranges, image_px, len(subject.classes))
-            space = compose_space(default, limits, config.templates, config.search.over)
-            method, seed = config.search.method, _seed(config, r, s)
-            searches.append(Search(r, held_out, space, config.trials, method, seed))
-        return searches
+        # Of all images: a part may have no segments, and no mask has a say in it.
+        ranges = [subject.sweep.ranges(name, compose_config(default)) for name in config.templates]
+        limits = Limits.of(ranges, image_px, len(subject.classes))
+        space = compose_space(default, limits, config.templates, config.search.over)
+        return [
+            Search(r, held_out, space, config.trials, config.search.method, _seed(config, r, s))
+            for s, held_out in enumerate(self.held_out)
+        ]
 
     def _tracker(self, candidate: Candidate, study_id: str) -> StudyTracker:
         run = candidate.run

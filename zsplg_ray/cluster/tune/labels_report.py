@@ -33,7 +33,7 @@ from zsplg_ray.cluster.tune.judgement import (
     pooled_held_out,
 )
 from zsplg_ray.cluster.tune.search import Search
-from zsplg_ray.cluster.tune.tuned import NAME, tuned_text
+from zsplg_ray.cluster.tune.tuned import NAME, tuned_file, write_tuned
 from zsplg_ray.label.space import TEMPLATES
 from zsplg_ray.label.sweep import miou
 from zsplg_ray.label.templates import template_set
@@ -105,13 +105,14 @@ def write_study(
 ) -> None:
     """Write all files of a study and end its MLflow run; `study` gets its `mlflow`."""
     folder = candidate.folder
-    files: dict[str, bytes] = {f"tuned/{k}.png": v for k, v in pictures(study, found).items()}
-    files["tuned/trials.csv"] = trials_table(found.searches[-1])
-    files[NAME] = tuned_text(yaml_values(candidate, study), header(study)).encode()
+    write_tuned(folder, yaml_values(candidate, study), header(study))
+    study["mlflow"] = None
+    folder.write_bytes("tune.json", _json(study))  # figures and MLflow may take their time
+    files = {"tuned/trials.csv": trials_table(found.searches[-1])}
+    files |= {f"tuned/{name}.png": data for name, data in pictures(study, found).items()}
     for name, data in files.items():
         folder.write_bytes(name, data)
-    study["mlflow"] = None
-    folder.write_bytes("tune.json", _json(study))  # MLflow may take its time
+    files[NAME] = folder.read_bytes(NAME) or b""
     artefacts = {**files, "tune.json": _json(study)}
     study["mlflow"] = tracker.finish(study, metrics(study), artefacts)
     if study["mlflow"] is not None:
@@ -158,7 +159,13 @@ def header(study: Mapping[str, Any]) -> list[str]:
     if chosen == "default":
         return [*lines, "nothing better was found: these are the settings of the labels"]
     lines[-1] += f" -> {_value(result[chosen])} with these settings"
-    return [*lines, f"zsplg relabel --run {shlex.quote(study['folder'])} --config {NAME}"]
+    return [*lines, relabel_command(study["folder"])]
+
+
+def relabel_command(folder: str) -> str:
+    """What makes the labels of a run anew with what was found."""
+    run, file = shlex.quote(folder), shlex.quote(tuned_file(folder))
+    return f"zsplg relabel --run {run} --config {file}"
 
 
 def trials_table(search: Search) -> bytes:
@@ -267,14 +274,13 @@ def _of_run(study: Mapping[str, Any]) -> str:
         mark = "  <- chosen" if name == study["chosen"] else ""
         lines.append(f"{TITLES[name]:<12}  {cells[0]:>15}  {cells[1]:>15}  {gain:>16}{mark}")
     lines.append("")
-    file = f"{study['folder']}/{NAME}"
+    file = tuned_file(study["folder"])
     if study["chosen"] == "default":
         lines.append("the labels as they are could not be beaten on held-out images;")
         lines.append(f"{file} holds the settings that they were made with")
         return "\n".join(lines)
     lines += changes(study["default"], study["settings"])
-    run = shlex.quote(study["folder"])
-    lines += ["", f"next: zsplg relabel --run {run} --config {shlex.quote(file)}"]
+    lines += ["", f"next: {relabel_command(study['folder'])}"]
     return "\n".join(lines)
 
 

@@ -7,15 +7,24 @@ nested by section, under a header of comments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import nest
+from zsplg_ray.storage import Place, is_address
 
 NAME = "tuned.yaml"
 """The file's name, in the folder of a run or of a study."""
+
+
+def tuned_file(folder: str) -> str:
+    """Where it is in a folder, as a user writes it."""
+    if is_address(folder):
+        return Place.parse(folder).child(NAME).uri
+    return str(Path(folder, NAME))
 
 
 def write_tuned(folder: RunFolder, values: Mapping[str, Any], header: Sequence[str]) -> None:
