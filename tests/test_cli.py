@@ -60,6 +60,11 @@ BAD: list[tuple[list[str], str, str]] = [
     (["tune", "labels", "--run", "a", "b"], "truth must be given, got nothing", "add --truth"),
     (["tune", "labels", "--truth", "t", "--run"], "run must be given, each once", "name each once"),
     (["tune", "labels", "--truth", "t", "--run", "a", "a"], "each once, got a a", "name each once"),
+    (
+        ["tune", "labels", "--run", "r", "--truth", "t", "--templates", "seven", "eight"],
+        "templates must be a list of run, photo, seven, scene, got seven eight",
+        "choose a list of run,",
+    ),
     (["label"], "images must be given, got nothing", "add --images"),
     (["label", "--images", "i"], "classes must be given", "add --classes"),
     (["label", "--images", "", "--classes", "c", "--out", "o"], "images must be given", "--help"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -128,6 +129,13 @@ def value_of(argv: Sequence[str], flag: str) -> str | None:
     return value if equals else next(iter(argv[at[-1] + 1 :]), "")
 
 
+def _values_of(argv: Sequence[str], flag: str) -> str:
+    """All that stands behind the last `flag`, up to the next flag."""
+    last = max(i for i, token in enumerate(argv) if _flag(token) == flag)
+    behind = itertools.takewhile(lambda token: not _flag(token), argv[last + 1 :])
+    return " ".join([*filter(None, [argv[last].partition("=")[2]]), *behind])
+
+
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = below.get(key)
@@ -170,7 +178,7 @@ def _one_line(cls: type, argv: Sequence[str], verb: str, box: str) -> str:
         if value.startswith("-"):
             fix = f"write {flag}={value}"
             return complain(flags[flag], "written with = if it begins with -", value, fix)
-        return wrong_type(flags[flag], _hint(cls, flags[flag]), value)
+        return wrong_type(flags[flag], _hint(cls, flags[flag]), _values_of(argv, flag))
     told = re.split(r" ?For full helptext|Argument helptext", text)[0]
     fix = f"quote values with blanks, and see zsplg {verb} --help"
     if extra := re.search(r"nrecognized options: (.*)", told):

@@ -310,7 +310,8 @@ def _describe(option: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
-        return "a list of texts"
+        choices = typing.get_args(args[0]) if typing.get_origin(args[0]) is Literal else ()
+        return f"a list of {', '.join(choices)}" if choices else "a list of texts"
     if origin is dict:
         return "a mapping of class names to numbers"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -203,19 +203,22 @@ def coverage_precision(
 
     Args:
         curves: Name -> (coverage, precision), each in [0, 1], along a threshold.
-        points: Name -> (coverage, precision) of settings to mark.
+        points: Name -> (coverage, precision) of settings to mark; one that is called like a curve
+            lies on it, and has its colour.
     """
     figure, ax = _figure(6.4, 4.4)
-    for i, (name, curve) in enumerate(curves.items()):
+    colours = {name: _colour(i) for i, name in enumerate(dict.fromkeys([*curves, *points]))}
+    for name, curve in curves.items():
         xy = np.asarray(curve, float).reshape(-1, 2)
-        ax.plot(xy[:, 0], xy[:, 1], color=_colour(i), lw=2, label=name)
+        label = name if name not in points else f"{name}, other thresholds"
+        ax.plot(xy[:, 0], xy[:, 1], color=colours[name], lw=2, label=label)
     for i, (name, (x, y)) in enumerate(points.items()):
-        colour = _colour(len(curves) + i)
         mark = _MARKS[i % len(_MARKS)]
-        ax.plot([x], [y], mark, color=colour, ms=9, mec="white", label=name, clip_on=False)
-    ys = [y for curve in curves.values() for _, y in curve] + [y for _, y in points.values()]
-    low = min((y for y in ys if np.isfinite(y)), default=0.0)
-    ax.set_xlim(0, 1.0)
+        ax.plot([x], [y], mark, color=colours[name], ms=9, mec="white", label=name, clip_on=False)
+    both = np.array([*(p for curve in curves.values() for p in curve), *points.values()])
+    both = both.reshape(-1, 2)[np.isfinite(both.reshape(-1, 2)).all(axis=1)]
+    low = both[:, 1].min(initial=1.0) if len(both) else 0.0
+    ax.set_xlim(0, min(1.0, 1.15 * both[:, 0].max(initial=0.0)) or 1.0)
     ax.set_ylim(max(0.0, np.floor(10 * low - 0.5) / 10), 1.01)
     ax.set_xlabel("coverage: share of pixels that are labelled")
     ax.set_ylabel("precision: share of these that are right")

@@ -196,10 +196,11 @@ def pictures(study: Mapping[str, Any], found: Found) -> dict[str, bytes]:
         TITLES[v]: threshold_curve(found.subject, final.settings[v], final.held_out)
         for v in ("default", "tuned")
     }
-    points = {
-        TITLES[v]: (result[v]["held_out"]["coverage"], result[v]["held_out"]["precision"])
-        for v in result
-    }
+    points = {}
+    for v, counts_GKL in final.confusion.items():  # of the images that the curves are of
+        seen = counts_GKL.sum(axis=0) if final.held_out is None else counts_GKL[final.held_out]
+        told = marks(seen)
+        points[TITLES[v]] = (told["coverage"], told["precision"] if told["coverage"] else math.nan)
     xs, scores = curves[TITLES["tuned"]]
     tuned_score = final.settings["tuned"]["compose.score"]
     marked = {
@@ -260,6 +261,14 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def _doubt(result: Mapping[str, Any]) -> list[str]:
+    """A word of caution where a gain may be chance: it is less than twice its standard error."""
+    gain, folds = result["held_out"]["gain"], len(result["held_out"]["folds"])
+    if gain["sd"] is None or gain["miou"] > 2 * gain["sd"] / math.sqrt(folds):
+        return []
+    return ["the gain is within what folds differ by: more masks would make it sure"]
+
+
 def _of_run(study: Mapping[str, Any]) -> str:
     images, search = study["images"], study["search"]
     told = [f"{images['labelled']} labelled images, {_folds(search['folds'])}"]
@@ -279,6 +288,7 @@ def _of_run(study: Mapping[str, Any]) -> str:
         lines.append("the labels as they are could not be beaten on held-out images;")
         lines.append(f"{file} holds the settings that they were made with")
         return "\n".join(lines)
+    lines += _doubt(study["result"][study["chosen"]])
     lines += changes(study["default"], study["settings"])
     lines += ["", f"next: {relabel_command(study['folder'])}"]
     return "\n".join(lines)
