@@ -233,7 +233,10 @@ def _refuse_other_parts(folder: RunFolder, run: Mapping[str, Any]) -> None:
 def relabelled(
     run: Mapping[str, Any], given: RelabelConfig, resolved: RelabelConfig, classes: ClassList
 ) -> dict[str, Any]:
-    """The run with labels composed by other settings; its `labels_state` is "relabelling"."""
+    """The run with labels composed by other settings; its `labels_state` is "relabelling".
+
+    Where the labels become others, it no longer says which MLflow run made them.
+    """
     changed = ("prompts.", "compose.")
     new = {**run, "labels_state": "relabelling", "classes": classes.to_dict()}
     for key, config in (("config", given), ("resolved", resolved)):
@@ -241,4 +244,7 @@ def relabelled(
         new[key] = {**run[key], **values}
         if given.classes is not None:
             new[key]["classes"] = given.classes
-    return with_fingerprints(new)
+    new = with_fingerprints(new)
+    if new["labels_fingerprint"] != run["labels_fingerprint"]:
+        new.pop("mlflow", None)
+    return new

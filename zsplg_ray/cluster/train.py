@@ -344,7 +344,8 @@ def _ours(folder: RunFolder, run: Mapping[str, Any]) -> bool:
 def _settle(job: Job, run: dict[str, Any], state: str, seconds: float, watcher: Watcher) -> None:
     """Bring train.json and MLflow to an end; never hides why the work failed."""
     folder = job.folder
-    usable = watcher.stop()
+    tracker = watcher.tracker
+    usable = watcher.stop(tracker.patience_s(state))
     try:
         found = read_training(folder)
         assert found is not None
@@ -352,7 +353,6 @@ def _settle(job: Job, run: dict[str, Any], state: str, seconds: float, watcher: 
         run["state"] = state
         run["seconds"] = round(run["seconds"] + seconds, 3)
         run["images_per_s"] = images_per_s(run)
-        tracker = watcher.tracker
         tracker.note(run, whole=False)
         done = state == "complete"
         pictures = preview(folder, job.data, job.config.zeroshot) if done else None
@@ -360,8 +360,8 @@ def _settle(job: Job, run: dict[str, Any], state: str, seconds: float, watcher: 
             folder.write_bytes("preview.png", pictures)
             run["preview"] = "preview.png"
         write_training(folder, run)
-        if usable and tracker.on and tracker.finish(run, pictures):
-            tracker.note(run, whole=True)
+        if usable and tracker.on:
+            tracker.note(run, tracker.finish(run, pictures))
             write_training(folder, run)
     except OSError as e:
         if state == "complete":

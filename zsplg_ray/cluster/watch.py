@@ -21,7 +21,7 @@ from zsplg_ray.rundir import RunFolder
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""How long the end of a run waits for a tracker that hangs."""
+"""How long the end of a run waits at most for a tracker that hangs."""
 
 
 class Watcher:
@@ -52,11 +52,14 @@ class Watcher:
         self._thread = threading.Thread(target=self._follow, args=(dict(run),), daemon=True)
         self._thread.start()
 
-    def stop(self) -> bool:
-        """Tell what is left and end; whether the tracker can be used again."""
+    def stop(self, patience_s: float = PATIENCE_S) -> bool:
+        """Tell what is left and end; whether the tracker can be used again.
+
+        `patience_s`: how long it may take at most.
+        """
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(PATIENCE_S)
+            self._thread.join(min(PATIENCE_S, patience_s))
             return not self._thread.is_alive()
         return True
 

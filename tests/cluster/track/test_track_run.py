@@ -19,7 +19,7 @@ from zsplg_ray.cluster.track.train import Tracker
 from zsplg_ray.config import LabelConfig, MlflowConfig, PredictConfig, RelabelConfig
 from zsplg_ray.records import LABELS, encode_png
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.runinfo import describe_prediction, describe_run
+from zsplg_ray.runinfo import describe_prediction, describe_run, relabelled
 from zsplg_ray.settings import from_mapping
 from zsplg_ray.shapes.scenes import write_voc
 from zsplg_ray.student.checkpoint import load_student
@@ -189,6 +189,28 @@ def test_labels_are_looked_at_as_they_are(tmp_path):
     assert found is not None and found.px_K.tolist() == [160, 40, 0] and found.confidence == 0.5
 
 
+def test_what_a_failed_relabel_leaves_is_not_looked_at(mlflow_store, tmp_path, caplog):
+    folder, run = labelled(tmp_path / "labels")  # of three classes
+    run |= {"classes": class_list("cat,dog,cow").to_dict(), "labels_state": "relabelling"}
+    config = MlflowConfig(uri=mlflow_store, experiment="mixed")
+    run_id = track(config, folder, {**run, "state": "failed"}, "relabel")
+    (found,) = runs(mlflow_store, "mixed")
+    assert found.info.status == "FAILED" and not caplog.records
+    assert not [name for name in found.data.metrics if name.startswith("share/")]
+    assert artefacts(mlflow_store, run_id) == {"run.json"}
+
+
+def test_other_labels_are_of_another_mlflow_run(tmp_path):
+    _, run = labelled(tmp_path)
+    run["mlflow"] = {"uri": "x", "run_id": "of label"}
+    same = from_mapping(RelabelConfig, {"run": str(tmp_path)})
+    assert relabelled(run, same, same, CLASSES)["mlflow"] == run["mlflow"]
+    other = from_mapping(RelabelConfig, {"run": str(tmp_path), "compose.min_similarity": 0.9})
+    assert "mlflow" not in relabelled(run, other, other, CLASSES)
+    assert "mlflow" not in relabelled(run, same, same, class_list("cat,cow"))
+    assert run["mlflow"]["run_id"] == "of label", "left as it was"
+
+
 @pytest.mark.ray
 def test_label_and_relabel_tell_mlflow(ray_local, scenes, mlflow_store, tmp_path):
     out = str(tmp_path / "run")
@@ -213,3 +235,5 @@ def test_label_and_relabel_tell_mlflow(ray_local, scenes, mlflow_store, tmp_path
         )
         assert "preview.png" in artefacts(mlflow_store, told.info.run_id)
     assert found[1].data.metrics["share/background"] == 1.0, "nothing is that similar"
+    values |= {"compose.min_similarity": 0.1, "mlflow.uri": "off"}
+    assert "mlflow" not in relabel(from_mapping(RelabelConfig, values)), "others made them"

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -82,7 +84,7 @@ def test_every_trial_is_nested_whole_and_once(mlflow_store, tmp_path):
         assert run.info.end_time - run.info.start_time == 2000
         assert run.data.tags["zsplg_ray.study"] == told["id"]
     (run,) = [r for r in runs(mlflow_store, "whole") if r.info.run_id == parent]
-    assert run.info.status == "FINISHED" and run.info.run_name == "my study"
+    assert run.info.status == "FINISHED" and run.info.run_name == "my study tune labels"
     assert run.data.params["compose.min_similarity"] == "0.2"
     assert run.data.metrics["miou"] == 0.7
     links = {"zsplg_ray.labels": "0123", "zsplg_ray.truth": "masks", "zsplg_ray.state": "complete"}
@@ -142,6 +144,52 @@ def test_what_mlflow_refuses_does_not_stop_the_rest(mlflow_store, tmp_path, capl
     assert trials[1][0].info.status == trials[2][0].info.status == "FINISHED"
 
 
+def test_what_fails_at_the_end_leaves_the_rest_whole(mlflow_store, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(track_study, "SHORTEST_PAUSE_S", 0.01)
+    config = ModelMlflowConfig(uri=mlflow_store, experiment="trouble")
+    tracker = StudyTracker(config, RunFolder(str(tmp_path)), study())
+    send_files = tracker.store.send_files
+
+    def full(run_id, files):
+        if "tuned.yaml" in files:
+            raise PermissionError("no room for artefacts")
+        send_files(run_id, files)
+
+    monkeypatch.setattr(tracker.store, "send_files", full)
+    tracker.start()
+    parent = str(tracker.parent(60))
+    tell(tracker, 0)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.json").write_text("{")
+    tracker.adopt(1, RunFolder(str(tmp_path / "broken")))
+    tracker.adopt(2, training(tmp_path / "whole")[0])
+    tables = {"iou.json": {"class": ["a"], "iou": [0.5]}}
+    files = {"tuned.yaml": b""}
+    best = RunFolder(str(tmp_path / "no best.pt"))
+    tracker.finish({"state": "complete"}, {"miou": 0.5}, files, tables=tables, best=best)
+    run = tracker.store.client.get_run(parent)
+    assert run.info.status == "FINISHED" and run.data.metrics["miou"] == 0.5
+    assert artefacts(mlflow_store, parent) == {"iou.json"}
+    trials = trials_of(mlflow_store, "trouble", parent)
+    assert {n: [t.info.status for t in of] for n, of in trials.items()} == {
+        0: ["FINISHED"],
+        2: ["FINISHED"],
+    }
+    told = "the end of 1 trials that track themselves, its files, its model; tune.json"
+    assert told in caplog.records[-1].message and len(caplog.records) == 2
+
+
+def test_only_the_first_end_counts(mlflow_store, tmp_path, caplog):
+    config = MlflowConfig(uri=mlflow_store, experiment="twice")
+    tracker = StudyTracker(config, RunFolder(str(tmp_path)), study())
+    tracker.start()
+    found = tracker.finish({"state": "complete"}, {}, {})
+    began = time.monotonic()
+    assert found and tracker.finish({"state": "failed"}, {}, {}) == found
+    assert time.monotonic() - began < 1 and not caplog.records
+    assert runs(mlflow_store, "twice")[0].info.status == "FINISHED"
+
+
 def test_no_tracking(tmp_path):
     tracker = StudyTracker(MlflowConfig(uri="off"), RunFolder(str(tmp_path)), study())
     tracker.start()
@@ -170,6 +218,9 @@ class Fake:
             raise ConnectionError("no http://me:word@fake/api")
 
     open = set_terminated = send_missing_params = send_files = end = __call__
+
+    def answers(self, run_id):
+        return self.up
 
     def find(self, tags, most=1):
         return []
@@ -237,6 +288,23 @@ def test_an_answer_that_is_lost_makes_no_second_run(fake):
     assert [number for number, _ in store.got] == ["0"]
 
 
+def test_a_trial_that_always_fails_keeps_no_other(fake, caplog, monkeypatch):
+    tracker, store = fake
+    sent = []
+
+    def send(run_id, *_, **__):
+        if run_id == "0":
+            raise RuntimeError("somebody has deleted it")
+        sent.append(run_id)
+
+    monkeypatch.setattr(store, "send", send)
+    tracker.start()
+    tell(tracker, 0, 1, 2)
+    tracker.finish({"state": "complete"}, {}, {"tuned.yaml": b""})
+    assert set(sent) == {"parent", "1", "2"}
+    assert "has not got 1 of 3 trials; tune.json" in caplog.records[-1].message
+
+
 def test_the_end_waits_for_a_bounded_time_and_says_what_is_missing(fake, caplog, monkeypatch):
     tracker, store = fake
     monkeypatch.setattr(track_study, "MOST_WAITING", 3)
@@ -254,6 +322,89 @@ def test_the_end_waits_for_a_bounded_time_and_says_what_is_missing(fake, caplog,
         "has not got 4 of 4 trials, the end of 1 trials that track themselves, the study's" in text
     )
     assert len(caplog.records) == 2
+
+
+def test_a_study_that_is_not_complete_does_not_wait_for_long(fake, monkeypatch):
+    tracker, store = fake
+    held, go_on = threading.Event(), threading.Event()
+
+    def send(run_id, *_, **__):
+        if run_id == "0":
+            held.set()
+            go_on.wait(60)
+
+    monkeypatch.setattr(store, "send", send)
+    tracker.start()
+    tell(tracker, 0)
+    assert held.wait(20)
+    began = time.monotonic()
+    assert tracker.finish({"state": "interrupted"}, {}, {}) is not None
+    assert time.monotonic() - began < 10, "it is a matter of minutes if the study is complete"
+    go_on.set()
+
+
+def test_the_run_of_a_study_ends_before_what_is_left_is_sent(fake, monkeypatch):
+    tracker, store = fake
+    ended, seen = threading.Event(), []
+    held, go_on = threading.Event(), threading.Event()
+
+    def send(run_id, *_, **__):
+        if run_id == "0":
+            held.set()
+            go_on.wait(60)
+        if run_id == "1":
+            seen.append(ended.is_set())
+
+    monkeypatch.setattr(store, "send", send)
+    monkeypatch.setattr(store, "end", lambda *_: ended.set())
+    tracker.start()
+    tell(tracker, 0)
+    assert held.wait(20)
+    tell(tracker, 1)
+    finish = threading.Thread(target=tracker.finish, args=({"state": "complete"}, {}, {}))
+    finish.start()
+    wait_for(tracker, tracker._ending)
+    go_on.set()
+    finish.join(30)
+    assert seen == [True]
+
+
+HANGS = """
+import sys, threading
+from zsplg_ray.cluster.track import study
+from zsplg_ray.config import MlflowConfig
+from zsplg_ray.rundir import RunFolder
+
+study.PATIENCE_S = study.GRACE_S = 0.2
+
+class Hangs:
+    on, shown, remote = True, "fake", False
+    def open(self): pass
+    send = send_missing_params = answers = lambda self, *_, **__: True
+    def begin(self, name, *_, **__):
+        if name.startswith("trial"):
+            begun.set()
+            threading.Event().wait()
+        return "parent", True
+
+for remote in (False, True):
+    begun = threading.Event()
+    told = {"id": "a", "verb": "tune labels", "config": {}}
+    tracker = study.StudyTracker(MlflowConfig(uri="x"), RunFolder(sys.argv[1]), told)
+    tracker.store = Hangs()
+    tracker.store.remote = remote
+    tracker.start()
+    tracker.trial(0, {}, {}, "complete", 0.0, 1.0)
+    assert begun.wait(20)
+    assert tracker.finish({"state": "complete"}, {}, {}) is not None
+print("at the end")
+"""
+
+
+def test_a_store_that_hangs_does_not_hold_the_process(tmp_path):
+    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "at the end\n", ended.stderr[-2000:]
 
 
 def test_a_server_that_hangs_holds_nobody(tmp_path, monkeypatch, caplog):

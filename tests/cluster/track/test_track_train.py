@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,8 @@ from mlflow import MlflowClient
 
 from tests.cluster.tracking import artefacts, read_json, table
 from tests.cluster.training import config
+from zsplg_ray.cluster.track import train as track_train
+from zsplg_ray.cluster.track.model import register
 from zsplg_ray.cluster.track.store import TAG
 from zsplg_ray.cluster.track.train import (
     PAUSE_S,
@@ -154,6 +157,15 @@ def test_a_finished_run_sends_only_what_is_missing(tracked):
     assert len(client.get_metric_history(tracker.run_id, "loss")) == 2
 
 
+def test_a_registered_name_may_have_quotes(tracked):
+    _, _, tracker = tracked
+    client, name = tracker.store.client, 'Bob\'s "student"'
+    made = client.get_run(tracker.run_id).outputs.model_outputs[0].model_id
+    for _ in range(2):
+        assert register(tracker.store, tracker.run_id, made, name, "champion") == "1", "once"
+    assert client.get_model_version_by_alias(name, "champion").run_id == tracker.run_id
+
+
 @pytest.mark.slow
 def test_mlflow_models_serve_answers(tracked, tmp_path):
     folder, _, tracker = tracked
@@ -221,7 +233,8 @@ def test_a_dead_server_is_told_of_once_and_at_the_end(tmp_path, caplog, monkeypa
     assert len(caplog.records) == 1 and "does not answer as it should" in caplog.text
     assert not tracker.finish(run, None)
     assert len(caplog.records) == 2
-    assert "has not got 2 of 2 validations; they are in train.json" in caplog.text
+    told = "has not got 2 of 2 validations, the end of the run, its files, its figures, the tag"
+    assert told in caplog.text and "the same command sends it again" in caplog.text
     assert tracker.run_id is None
 
 
@@ -247,6 +260,41 @@ def test_what_a_server_missed_is_sent_once_it_is_back(tmp_path, monkeypatch):
     tracker.sync(run)
     tracker.sync(run)
     assert got == [6, 12]
+
+
+def test_artefacts_that_fail_leave_no_run_that_goes_on(mlflow_store, tmp_path, caplog, monkeypatch):
+    folder, run = training(tmp_path / "run")
+    tracker = Tracker(MlflowConfig(uri=mlflow_store, experiment="artefacts"), folder)
+
+    def full(*_):
+        raise PermissionError("no room for artefacts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.store, "send_files", full)
+        assert not tracker.finish(run, None)
+    found = tracker.store.client.get_run(str(tracker.run_id))
+    assert found.info.status == "FINISHED" and found.data.metrics["epoch"] == 2
+    assert found.data.tags["zsplg_ray.model"] == load_student(folder.uri).sha256
+    told = "has not got its files, its figures; the run's folder"
+    assert told in caplog.records[-1].message and "no room" in caplog.records[0].message
+    assert tracker.finish(run, None), "and then all of it is there"
+
+
+@pytest.mark.parametrize(
+    ("state", "tags"), [("complete", {"zsplg_ray.study": "a"}), ("interrupted", {})]
+)
+def test_nobody_waits_for_long_where_others_wait(state, tags, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(track_train, "IMPATIENCE_S", 0.1)
+    folder, run = training(tmp_path / "run")
+    tracker = Tracker(MlflowConfig(uri="http://x"), folder, tags=tags)
+    go_on = threading.Event()
+    monkeypatch.setattr(tracker, "catch_up", lambda _: go_on.wait(60))
+    began = time.monotonic()
+    assert not tracker.finish({**run, "state": state}, None)
+    assert time.monotonic() - began < 10
+    assert ("the study sees to" in caplog.text) == (state == "complete")
+    assert Tracker(tracker.config, folder).patience_s("complete") == track_train.PATIENCE_S
+    go_on.set()
 
 
 def test_tracking_can_be_off(tmp_path):

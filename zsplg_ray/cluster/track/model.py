@@ -56,9 +56,10 @@ def register(store: Store, run_id: str, model_id: str, name: str, alias: str) ->
         alias is then left where it is.
     """
     client = store.client
-    found = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    if found:
-        return str(found[0].version)
+    found = client.search_model_versions(f"run_id = '{run_id}'")
+    for version in found:  # the name may have quotes in it, which a filter takes none of
+        if version.name == name:
+            return str(version.version)
     with contextlib.suppress(Exception):  # it is there; if not, the next call says why
         client.create_registered_model(name)
     source = f"models:/{model_id}"

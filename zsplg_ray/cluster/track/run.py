@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from zsplg_ray.cluster.track.store import PREFIX, TAG, Store, in_short
+from zsplg_ray.cluster.track.store import IMPATIENCE_S, PREFIX, TAG, Store, in_short
 from zsplg_ray.cluster.track.train import labels_tags
 from zsplg_ray.config import MlflowConfig
 from zsplg_ray.rundir import RunFolder, made_by
@@ -35,8 +35,6 @@ EVERY_S = 30.0
 """Seconds between two looks at how far a run is."""
 PATIENCE_S = 30.0
 """How long the end of a run waits for MLflow."""
-IMPATIENCE_S = 10.0
-"""The same for a run that was interrupted or has failed."""
 
 Numbers = Callable[[], Mapping[str, float]]
 
@@ -166,7 +164,8 @@ class RunTracker:
         self.store.end(run_id, at_end["state"], now)
         self._missing = "files of this run"
         self.store.send_files(run_id, {"run.json": json.dumps(at_end, indent=1).encode()})
-        self._send_labels(run_id, at_end["classes"]["names"], step)
+        if at_end["labels_state"] == "complete":  # else they are of two settings, even two K
+            self._send_labels(run_id, at_end["classes"]["names"], step)
         self._missing = ""
 
     def _send_labels(self, run_id: str, names: list[str], step: int) -> None:

@@ -69,6 +69,10 @@ STATUS = {
 }
 """How a run ended -> MLflow's status."""
 
+IMPATIENCE_S = 10.0
+"""How long the end of a run waits for MLflow where somebody waits for that end: it was interrupted,
+has failed, or is a trial among many."""
+
 _SQLITE = "sqlite:///"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Else MLflow's page takes the experiment for one of language models."""
@@ -137,6 +141,19 @@ class Store:
         else:
             self._experiment = self._new_experiment(client)
         self._client = client
+
+    def answers(self, run_id: str | None) -> bool:
+        """Whether the store is there: it is asked for a run. Tells what one call took amiss, such
+        as a full disk for artefacts, from a store that is gone. Never raises.
+        """
+        if self._client is None or run_id is None:
+            return False
+        try:
+            self._client.get_run(run_id)
+            return True
+        except Exception as e:  # MLflow's own, the database's, the network's
+            log.debug("%s", in_short(e))
+            return False
 
     def _new_experiment(self, client: MlflowClient) -> str:
         name = self.config.experiment

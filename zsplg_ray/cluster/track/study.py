@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from zsplg_ray.cluster.track.model import log_model, register
@@ -32,14 +33,19 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 120.0
 """How long the end of a study waits for what MLflow has not got yet, while it answers."""
 GRACE_S = 10.0
-"""How long it waits for a store that has not answered last time."""
+"""How long it waits for a store that has not answered last time, and in all for the end of a study
+that is not complete."""
 MOST_WAITING = 100_000
 """Trials kept in memory for a store that does not answer; further ones are not sent."""
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Before it is tried again; each pause is twice the one before."""
 
 _SENDERS = 4
-"""Trials sent at a time over the network; a database file takes one after the other."""
+"""Trials sent at a time over the network; a database takes one after the other."""
+_TRIES = 3
+"""How often the end is tried with a store that is there, but takes something amiss."""
+_END = "the study's end"
+_ADOPTED = "trials that track themselves"
 
 State = Literal["complete", "stopped", "failed"]
 
@@ -79,9 +85,10 @@ class StudyTracker:
         """Trials of which a run may have been begun -> its id, as far as that is known."""
         self._dropped = 0
         self._parent: str | None = None
-        self._last: Callable[[str], None] | None = None
-        """The end: what is to be done once no trial waits."""
+        self._last: dict[str, Callable[[], object]] | None = None
+        """What is still to be done of the end: name -> what does it. None: it has not come."""
         self._deadline = float("inf")
+        self._tries = 0
         self._failed = False
         self._warned = False
         self._done = threading.Event()
@@ -149,7 +156,8 @@ class StudyTracker:
         tables: Mapping[str, Mapping[str, list[Any]]] | None = None,
         best: RunFolder | None = None,
     ) -> dict[str, Any] | None:
-        """Send what is missing and end the parent run; waits for a bounded time.
+        """Send what is missing and end the parent run; waits for a bounded time, a short one
+        unless the study is complete. Once it has been called, further calls are nothing.
 
         Args:
             study: As it ended: `state` (complete, interrupted, failed), and `tags` if there are
@@ -157,8 +165,8 @@ class StudyTracker:
             metrics: Of the parent run.
             files: Its artefacts, by their paths there.
             tables: Artefact's path -> column -> values.
-            best: The folder whose best.pt is the study's model, logged and registered as the config
-                says.
+            best: The folder whose best.pt is the model of a complete study, logged and registered
+                as the config says.
 
         Returns:
             `uri` (without credentials) and `run_id` for tune.json; None if there is no parent run.
@@ -166,17 +174,20 @@ class StudyTracker:
         if self._thread is None:
             return None
 
-        def last(parent: str) -> None:
-            self._send_end(parent, study, metrics, files, tables or {}, best)
-
+        complete = study["state"] == "complete"
         with self._changed:
-            self._last = last
-            self._deadline = time.monotonic() + (GRACE_S if self._failed else PATIENCE_S)
-            self._changed.notify_all()
-        while (left_s := self._deadline + GRACE_S - time.monotonic()) > 0:
-            if self._done.wait(min(left_s, 1.0)):  # the deadline may move
-                break
-        self._tell_missing()
+            first = self._last is None
+            if first:
+                self._last = self._end_of(study, metrics, files, tables or {}, best)
+                patient = complete and not self._failed
+                self._deadline = time.monotonic() + (PATIENCE_S if patient else GRACE_S)
+                self._changed.notify_all()
+        if first:
+            more_s = GRACE_S if complete else 0.0  # for what is under way
+            while (left_s := self._deadline + more_s - time.monotonic()) > 0:
+                if self._done.wait(min(left_s, 1.0)):  # the deadline may move
+                    break
+            self._tell_missing()
         if self._parent is None:
             return None
         return {"uri": self.store.shown, "run_id": self._parent}
@@ -185,11 +196,11 @@ class StudyTracker:
         """One warning of what MLflow has not got."""
         with self._changed:
             waiting, adopted = len(self._waiting) + self._dropped, len(self._adopted)
-            ended = self._done.is_set() and self._last is None
+            last = [name for name in self._last or () if name != _ADOPTED]
         total = waiting + len(self._runs)
         missing = [f"{waiting} of {total} trials"] if waiting else []
-        missing += [f"the end of {adopted} trials that track themselves"] if adopted else []
-        missing += [] if ended else ["the study's end"]
+        missing += [f"the end of {adopted} {_ADOPTED}"] if adopted else []
+        missing += last
         if missing:
             told = "MLflow at %s has not got %s; tune.json holds all of it"
             log.warning(told, self.store.shown, ", ".join(missing))
@@ -237,17 +248,39 @@ class StudyTracker:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._ending())
             trials = list(self._waiting.values())[: 50 * _SENDERS]
-        if trials:
-            self._send_trials(trials)
+            ending, last = self._ending(), self._last or {}
+        errors: list[Exception] = []
+        if _END in last:  # first: whatever becomes of the rest, the run does not go on
+            self._do(last, _END, errors)
+        if trials and self._went_well(lambda: self._send_trials(trials), errors):
             return False
-        for number, folder in list(self._adopted.items()):
-            self._see_to(number, folder)
+        for name in [name for name in last if name != _END]:
+            self._do(last, name, errors)
+        if not errors:
+            return True
+        self._tries += ending
+        if self._tries >= _TRIES:
+            return True
+        raise errors[0]
+
+    def _do(
+        self, last: dict[str, Callable[[], object]], name: str, errors: list[Exception]
+    ) -> None:
+        """Do something of the end; what has gone well is not done again."""
+        if self._went_well(last[name], errors):
             with self._changed:
-                self._adopted.pop(number)
-        assert self._last is not None and self._parent is not None
-        self._last(self._parent)
-        self._last = None
-        return True
+                del last[name]
+
+    def _went_well(self, call: Callable[[], object], errors: list[Exception]) -> bool:
+        """Whether a call went well; its error joins `errors`, or is raised if the store is gone."""
+        try:
+            call()
+            return True
+        except Exception as e:  # MLflow's own, the database's, the network's
+            if not self.store.answers(self._parent):
+                raise
+            errors.append(e)
+            return False
 
     def _open(self) -> None:
         """The parent run, and which trials it has already."""
@@ -256,6 +289,8 @@ class StudyTracker:
         key = {TAG: self.study["id"], f"{PREFIX}verb": self.study["verb"]}
         tags = {f"{PREFIX}out": Place.parse(self.folder.uri).uri, f"{PREFIX}state": "running"}
         tags |= self.study.get("tags") or {}
+        if self.study["verb"] == "tune labels":  # in a folder that has a run of its own
+            name = f"{name} tune labels"
         parent, new = self.store.begin(name, key, tags)
         if not new:
             self.store.send(parent, tags=tags)
@@ -273,37 +308,54 @@ class StudyTracker:
                 self._begun[int(number)] = run.info.run_id
 
     def _send_trials(self, trials: list[Trial]) -> None:
-        """Send some trials, those that go through are gone. Raises: the last error, if any."""
-        away = threading.Event()
-        with ThreadPoolExecutor(_SENDERS if self.store.remote else 1) as pool:
-            ends = [(trial, pool.submit(self._send_if, trial, away)) for trial in trials]
-        error: BaseException | None = None
-        for trial, end in ends:
-            why = end.exception()
-            if why is not None and not is_refused(why):
-                error = error or why
-                continue
-            with self._changed:
-                if self._waiting.get(trial.number) is trial:
-                    del self._waiting[trial.number]
-                if why is None:
-                    self._runs[trial.number] = end.result()
-                else:
-                    log.debug("trial %d: %s", trial.number, in_short(why))
-                    self._dropped += 1
-        if error is not None:
-            raise error
+        """Send some trials, those that go through are gone. Raises: the first error, if any.
 
-    def _send_if(self, trial: Trial, away: threading.Event) -> str:
-        """Send a trial unless another one did not get through, or it is too late."""
-        if away.is_set() or time.monotonic() > self._deadline:
-            raise ConnectionError("MLflow did not answer before")
+        The threads are our own, for Python waits for those of an executor before it exits: a store
+        that hangs would hold the process.
+        """
+        left, errors = deque(trials), []
+
+        def send() -> None:
+            while time.monotonic() <= self._deadline:
+                try:
+                    trial = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    self._send_one(trial)
+                except Exception as e:  # MLflow's own, the database's, the network's
+                    errors.append(e)
+                    if not self.store.answers(self._parent):
+                        left.clear()
+
+        if self.store.remote:
+            n = min(_SENDERS, len(trials))
+            threads = [threading.Thread(target=send, daemon=True) for _ in range(n)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        else:
+            send()
+        if errors or left:
+            raise errors[0] if errors else ConnectionError("it takes too long")
+
+    def _send_one(self, trial: Trial) -> None:
+        """Send a trial; what MLflow refuses is dropped."""
+        run_id = None
         try:
-            return self._send_trial(trial)
+            run_id = self._send_trial(trial)
         except Exception as e:
             if not is_refused(e):
-                away.set()
-            raise
+                raise
+            log.debug("trial %d: %s", trial.number, in_short(e))
+        with self._changed:
+            if self._waiting.get(trial.number) is trial:
+                del self._waiting[trial.number]
+            if run_id is None:
+                self._dropped += 1
+            else:
+                self._runs[trial.number] = run_id
 
     def _send_trial(self, trial: Trial) -> str:
         run_id = self._begun.get(trial.number)
@@ -322,6 +374,18 @@ class StudyTracker:
         self.store.client.set_terminated(run_id, STATUS[trial.state], ended)
         return run_id
 
+    def _see_to_all(self) -> None:
+        """See to the trials that track themselves. Raises: the first error, after the last one."""
+        errors: list[Exception] = []
+        for number, folder in list(self._adopted.items()):
+            if time.monotonic() > self._deadline:
+                raise ConnectionError("it takes too long")
+            if self._went_well(partial(self._see_to, number, folder), errors):
+                with self._changed:
+                    self._adopted.pop(number)
+        if errors:
+            raise errors[0]
+
     def _see_to(self, number: int, folder: RunFolder) -> None:
         """Have a trial that tracks itself whole, nested and ended."""
         run = read_training(folder)
@@ -335,23 +399,38 @@ class StudyTracker:
         if run["state"] != "running":
             tracker.end(run)
 
-    def _send_end(
+    def _end_of(
         self,
-        parent: str,
         study: Mapping[str, Any],
         metrics: Mapping[str, float],
         files: Mapping[str, bytes],
         tables: Mapping[str, Mapping[str, list[Any]]],
         best: RunFolder | None,
-    ) -> None:
-        now = time.time()
-        self.store.send(parent, metrics=metrics, tags=study.get("tags") or {}, at_s=now)
-        self.store.send_files(parent, files)
-        for name, columns in tables.items():
-            self.store.send_table(parent, name, columns)
-        config = self.config
-        if best is not None and isinstance(config, ModelMlflowConfig) and config.log_model:
-            model = log_model(self.store, parent, best)
-            if config.register is not None:
-                register(self.store, parent, model, config.register, config.alias)
-        self.store.end(parent, study["state"], now)
+    ) -> dict[str, Callable[[], object]]:
+        """What the end is made of, in this order; called once there is a parent run."""
+
+        def end() -> None:
+            now, tags = time.time(), study.get("tags") or {}
+            self.store.send(str(self._parent), metrics=metrics, tags=tags, at_s=now)
+            self.store.end(str(self._parent), study["state"], now)
+
+        def send_tables() -> None:
+            for name, columns in tables.items():
+                self.store.send_table(str(self._parent), name, columns)
+
+        last: dict[str, Callable[[], object]] = {_END: end, _ADOPTED: self._see_to_all}
+        if files:
+            last["its files"] = lambda: self.store.send_files(str(self._parent), files)
+        if tables:
+            last["its tables"] = send_tables
+        logged = isinstance(self.config, ModelMlflowConfig) and self.config.log_model
+        if best is not None and logged and study["state"] == "complete":
+            last["its model"] = partial(self._send_model, best)
+        return last
+
+    def _send_model(self, best: RunFolder) -> None:
+        config, parent = self.config, str(self._parent)
+        assert isinstance(config, ModelMlflowConfig)
+        model = log_model(self.store, parent, best)
+        if config.register is not None:
+            register(self.store, parent, model, config.register, config.alias)

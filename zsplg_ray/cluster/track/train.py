@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zsplg_ray.cluster.track.model import log_model, register
-from zsplg_ray.cluster.track.store import PREFIX, TAG, Store, in_short
+from zsplg_ray.cluster.track.store import IMPATIENCE_S, PREFIX, TAG, Store, in_short
 from zsplg_ray.cluster.trainrun import write_training
 from zsplg_ray.config import MlflowConfig, ModelMlflowConfig
 from zsplg_ray.rundir import RunFolder
@@ -59,6 +59,8 @@ class Tracker:
         self._opened = False
         self._sent = -1
         """Step of the last entry of the history that MLflow has."""
+        self._missing: list[str] = []
+        """What MLflow has not got yet of the end of the run."""
         self._warned = False
         self._pause_until = 0.0
 
@@ -90,37 +92,67 @@ class Tracker:
         if self.on and time.monotonic() >= self._pause_until:
             self._guarded(lambda: self.catch_up(run))
 
+    @property
+    def _of_study(self) -> bool:
+        """Whether this is a trial of a study, which sees at its end to what is missing here."""
+        return f"{PREFIX}study" in self._tags
+
+    def patience_s(self, state: str) -> float:
+        """How long the end of a run waits for MLflow. `state`: how it ended."""
+        return PATIENCE_S if state == "complete" and not self._of_study else IMPATIENCE_S
+
     def finish(self, run: Mapping[str, Any], pictures: bytes | None) -> bool:
-        """Send what is missing, train.json, pictures and the best model; end the MLflow run.
+        """Send what is missing; end the MLflow run; send train.json, pictures and the best model.
+
+        In this order: a run that has ended must not look as if it went on, whatever becomes of its
+        files.
 
         Returns: Whether MLflow has all of it.
         """
         if not self.on:
             return True
-        ended: list[bool] = []
-        thread = threading.Thread(
-            target=lambda: ended.append(self._finish(run, pictures)), daemon=True
-        )
+        parts = self._parts(run, pictures)
+        self._missing = list(parts)
+        thread = threading.Thread(target=self._finish, args=(run, parts), daemon=True)
         thread.start()
-        thread.join(PATIENCE_S)
-        missing = sum(entry["step"] > self._sent for entry in run["history"])
+        thread.join(self.patience_s(run["state"]))
+        missing = list(self._missing)
+        left = sum(entry["step"] > self._sent for entry in run["history"])
+        missing[:0] = [f"{left} of {len(run['history'])} validations"] if left else []
+        if not missing and not self._opened:
+            missing.append("its settings")
         if missing:
-            told = "MLflow at %s has not got %d of %d validations; they are in train.json"
-            log.warning(told, self.store.shown, missing, len(run["history"]))
-        elif not ended or not ended[0]:
-            told = "MLflow at %s has not got the end of the run; the same command sends it again"
-            log.warning(told, self.store.shown)
-        return bool(ended and ended[0])
+            then = "the same command sends it again"
+            then = "the study sees to its validations and end" if self._of_study else then
+            told = "MLflow at %s has not got %s; the run's folder holds all of it, and %s"
+            log.warning(told, self.store.shown, ", ".join(missing), then)
+        return not missing
 
-    def _finish(self, run: Mapping[str, Any], pictures: bytes | None) -> bool:
+    def _parts(
+        self, run: Mapping[str, Any], pictures: bytes | None
+    ) -> dict[str, Callable[[], object]]:
+        """What the end of a run is made of: name -> what sends it, in this order."""
         config = self.config
-        calls = [lambda: self.catch_up(run), lambda: self._send_files(run, pictures)]
+        parts: dict[str, Callable[[], object]] = {
+            "the end of the run": lambda: self.end(run),
+            "its files": lambda: self._send_files(run, pictures),
+            "its figures": lambda: self._send_figures(run),
+        }
         if run["state"] == "complete":
-            calls.append(self._send_sha256)
+            parts["the tag of its model"] = self._send_sha256
             if isinstance(config, ModelMlflowConfig) and config.log_model:
-                calls.append(lambda: self._send_model(config))
-        calls.append(lambda: self.end(run))
-        return all(self._guarded(call) for call in calls)
+                parts["its model"] = lambda: self._send_model(config)
+        return parts
+
+    def _finish(self, run: Mapping[str, Any], parts: Mapping[str, Callable[[], object]]) -> None:
+        """Each part on its own, as long as the store is there."""
+        if not self._guarded(lambda: self.catch_up(run)) and not self.store.answers(self.run_id):
+            return
+        for name, call in parts.items():
+            if self._guarded(call):
+                self._missing.remove(name)
+            elif not self.store.answers(self.run_id):
+                return
 
     def note(self, run: dict[str, Any], whole: bool) -> None:
         """Put into train.json where the MLflow run is. `whole`: whether MLflow has all of it."""
@@ -177,16 +209,19 @@ class Tracker:
         self._opened = True
 
     def _send_files(self, run: Mapping[str, Any], pictures: bytes | None) -> None:
-        from zsplg_ray.views.figures import iou_bars  # it loads matplotlib
-
         files = {"train.json": json.dumps(run, indent=1).encode()}
         files |= {"best.png": pictures} if pictures is not None else {}
-        iou = best_iou(run)
-        files |= {"iou.png": iou_bars({"best epoch": iou})} if iou else {}
         self.store.send_files(self._run, files)
-        if iou:
-            columns = {"class": list(iou), "iou": list(iou.values())}
-            self.store.send_table(self._run, "iou.json", columns)
+
+    def _send_figures(self, run: Mapping[str, Any]) -> None:
+        iou = best_iou(run)
+        if not iou:
+            return
+        from zsplg_ray.views.figures import iou_bars  # it loads matplotlib
+
+        columns = {"class": list(iou), "iou": list(iou.values())}
+        self.store.send_table(self._run, "iou.json", columns)
+        self.store.send_files(self._run, {"iou.png": iou_bars({"best epoch": iou})})
 
     def _send_model(self, config: ModelMlflowConfig) -> None:
         made = log_model(self.store, self._run, self.folder)
