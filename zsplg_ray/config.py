@@ -639,7 +639,7 @@ class TuneTrainConfig(TrainConfig):
     """Trials, [1, 100000]."""
     resume: bool = False
     """Go on with the study in `out`: finished trials stay, interrupted ones go on from their last
-    checkpoint."""
+    checkpoint, failed ones are tried again."""
     search: SearchConfig = field(default_factory=SearchConfig)
     asha: AshaConfig = field(default_factory=AshaConfig)
 

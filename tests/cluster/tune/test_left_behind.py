@@ -3,14 +3,17 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+import ray._private.state
 from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table
 
 from zsplg_ray.cluster.tune.left_behind import remove_left_behind
+from zsplg_ray.cluster.tune.train_search import Ears
 
 
 class Maker:
@@ -22,6 +25,20 @@ class Maker:
 
 def states() -> dict[str, str]:
     return {name: group["state"] for name, group in placement_group_table().items()}
+
+
+def test_another_ray_is_a_warning_and_told_once(monkeypatch, caplog):
+    monkeypatch.delattr(ray._private.state, "state")
+    ears = Ears(SimpleNamespace(), False, lambda number: None)  # type: ignore[arg-type]
+    ears.on_trial_recover(0, [], SimpleNamespace(config={"number": 3}, pickled_error_file=None))
+    caplog.clear()
+    for _ in range(2):
+        ears._looked = 0.0
+        ears.on_step_end(0, [])
+    (record,) = caplog.records
+    assert "cannot import name 'state'" in record.message
+    assert "does not tell what a dead process still holds" in record.message
+    assert remove_left_behind() is None
 
 
 @pytest.mark.ray

@@ -126,9 +126,10 @@ def test_the_given_settings_are_within_whatever_they_are():
         ({"zeroshot": None, "unlabeled": None}, ["optim.lr"]),
         ({"search.over": ["optim.lr", "fusion.rule"]}, ["fusion.rule", "optim.lr"]),
         ({"search.over": ["fusion.mix_end"], "fusion.rule": "mix"}, ["fusion.mix_end"]),
+        ({"search.over": ["fusion.min_score"], "fusion.rule": "agree"}, ["fusion.min_score"]),
         (
-            {"search.over": ["fusion.mix_end", "fusion.min_score"], "fusion.rule": "agree"},
-            ["fusion.min_score"],
+            {"search.over": ["fusion.mix_end", "fusion.rule"], "fusion.rule": "unimatch"},
+            ["fusion.rule", "fusion.mix_end"],
         ),
     ],
 )
@@ -143,12 +144,19 @@ def test_what_has_no_effect_is_not_searched(changes, names):
             {"search.over": ["optim.rl"]},
             r"got optim.rl; did you mean optim.lr\? known: fusion.rule",
         ),
-        ({"search.over": ["fusion.rule"], "zeroshot": None}, "it needs --zeroshot"),
+        ({"search.over": ["fusion.rule"], "zeroshot": None}, "; add --zeroshot, or"),
         (
             {"search.over": ["unimatch.conf_thresh"], "zeroshot": None, "unlabeled": None},
-            "needs --un",
+            "; add --unlabeled, or choose among optim.lr",
         ),
-        ({"search.over": ["fusion.mix_end"]}, "search.over must be settings with an effect"),
+        (
+            {"search.over": ["fusion.min_score", "optim.lr"], "fusion.rule": "unimatch"},
+            "settings with an effect, got fusion.min_score; add fusion.rule",
+        ),
+        (
+            {"search.over": ["fusion.mix_end", "fusion.warmup"], "fusion.rule": "zeroshot"},
+            "got fusion.mix_end fusion.warmup; add fusion.rule",
+        ),
         ({"search.over": []}, "search.over must be settings with an effect, got none"),
         ({"optim.lr": 0.0}, "optim.lr must be over 0 where it is searched"),
     ],

@@ -91,6 +91,22 @@ def test_a_study_that_was_killed_is_read_again_as_it_was(tmp_path):
     assert record["trials"][2]["error"] == "no memory"
 
 
+def test_trials_that_failed_are_tried_again(tmp_path):
+    asked = config()
+    study = new_study(tmp_path, asked)
+    for number, state in enumerate(("complete", "failed", "failed", "stopped")):
+        study.begin({"optim.lr": 0.1 + number})
+        trained(tmp_path, number, [0.5], state)
+        study.end(number, state, "no room" if state == "failed" else None)
+    again = Study(study.folder, json.loads((tmp_path / "tune.json").read_text()))
+    again.try_again()
+    searcher = Searching(again, asked, search_space(asked), at_once=4)
+    assert [searcher.suggest(name)["number"] for name in "ab"] == [1, 2]
+    assert searcher.suggest("c") == Searcher.FINISHED
+    assert [t["state"] for t in again.trials] == ["complete", "running", "running", "stopped"]
+    assert again.trials[1]["error"] is None
+
+
 def test_a_better_trial_takes_the_place_of_the_best(tmp_path):
     study = new_study(tmp_path, config())
     for number, miou in enumerate([0.5, 0.5, 0.6]):
@@ -304,6 +320,14 @@ def test_what_is_told_of_a_study(tmp_path):
         "lr 2.1, conf_thresh 0.9"
     )
     assert "failed: no memory" in trial_line(study.trials[3], 61, False, record)
+
+    study.record["config"]["out"] = "s3://a/b c?endpoint_override=x:1&scheme=http"
+    model, settings = summary(study.record).splitlines()[-2:]
+    assert model == "model: 's3://a/b%20c/best.pt?endpoint_override=x:1&scheme=http'"
+    file = "'s3://a/b%20c/tuned.yaml?endpoint_override=x:1&scheme=http'"
+    assert settings == f"settings: {file}, for zsplg train --config {file}"
+    study.record["config"]["out"] = "my study/"
+    assert "zsplg evaluate 'my study/best.pt' --truth" in summary(study.record)
 
     text = tuned_text(tuned_values(study.record), tuned_header(study.record))
     assert "0.2500 with the settings given, 0.7500 with these, on the 2 images" in text

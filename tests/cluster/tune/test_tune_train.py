@@ -17,7 +17,7 @@ from ray.util import placement_group_table
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 from tests.cluster.tuning import config
-from zsplg_ray.cluster.trainrun import read_training
+from zsplg_ray.cluster.trainrun import read_training, write_training
 from zsplg_ray.cluster.tune.train import summary, tune_train
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
@@ -25,7 +25,7 @@ from zsplg_ray.settings import WorkError, from_mapping
 from zsplg_ray.shapes.scenes import write_voc
 from zsplg_ray.student.checkpoint import load_student
 
-EPOCHS, GRACE = 6, 4
+EPOCHS, GRACE = 4, 3
 STUDY = {
     "trials": 2,
     "train.epochs": EPOCHS,
@@ -141,24 +141,53 @@ def test_a_study_that_is_killed_goes_on_and_every_trial_is_trained_once(
     again = from_mapping(TrainConfig, {"labeled": "few", "out": "model", **recipe})
     assert again.optim.lr == 0.02 and again.augment.crop_px == 64
     assert "1 complete, 1 stopped early" in summary(study)
-    assert not (out / "tune").exists(), "nothing of Ray Tune's is left"
+    assert not list(out.glob("_*")), "nothing of Ray Tune's is left"
 
     before = stamps(out)
     assert tune_train(config(world, out, **STUDY, resume=True)) == study
     assert stamps(out) == before, "a finished study is left alone"
 
 
+def finish_trial(out, number, study) -> None:
+    """A trial's folder as a training leaves it that is through; `study`: content of tune.json."""
+    step = study["schedule"]["steps"]
+    entry = {"epoch": 1, "step": step, "val_miou": 0.5, "loss": 1.0, "time": time.time()}
+    run = {**study, "state": "complete", "attempt": "first", "history": [entry], "best": entry}
+    run["last"] = {**entry, "checkpoint": f"first/step-{step}"}
+    folder = RunFolder(f"{out}/trials/{number:04}")
+    write_training(folder, run)
+    folder.write_bytes("best.pt", b"a model")
+
+
 @pytest.mark.ray
-def test_a_study_fails_only_if_all_trials_do(ray_local, world, tmp_path, monkeypatch):
-    """Trials that fail are put down as such, with what they said."""
-    monkeypatch.setattr("zsplg_ray.cluster.tune.train.check_batches", lambda *_: None)
-    bad = {"trials": 2, "train.epochs": 1, "train.accumulate": 3}
-    with pytest.raises(WorkError, match=r"every trial failed, the last with: train.batch_labeled"):
-        tune_train(config(world, tmp_path / "study", **bad))
-    study = json.loads((tmp_path / "study" / "tune.json").read_text())
+def test_a_study_fails_only_if_all_trials_do_and_they_are_tried_again(ray_local, world, tmp_path):
+    """What a trial failed of is put down; once that is mended, the same study goes on."""
+    out = tmp_path / "study"
+    (out / "tune").mkdir(parents=True)
+    (out / "tune" / "notes.txt").write_text("a user's own")
+    wrong = [out / "trials" / f"{number:04}" / "run.json" for number in (0, 1)]
+    for file in wrong:
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    failed = r"every trial failed, the last with: out must be .* \(--resume tries them again\)"
+    with pytest.raises(WorkError, match=failed):
+        tune_train(config(world, out, **{"trials": 1, "train.epochs": 1}))
+    study = json.loads((out / "tune.json").read_text())
     assert study["state"] == "failed" and study["best"] is None
-    assert [t["state"] for t in study["trials"]] == ["failed", "failed"]
-    assert all("train.accumulate (3), got 2" in t["error"] for t in study["trials"])
+    (failure,) = study["trials"]
+    assert failure["state"] == "failed" and "without other runs, got" in failure["error"]
+
+    wrong[0].unlink()
+    finish_trial(out, 0, study)
+    mended = tune_train(config(world, out, **{"trials": 2, "train.epochs": 1}, resume=True))
+    trial_0, trial_1 = mended["trials"]
+    assert trial_1["state"] == "failed"
+    assert mended["state"] == "complete" and mended["id"] == study["id"]
+    assert (trial_0["state"], trial_0["epochs"], trial_0["error"]) == ("complete", 1, None)
+    assert trial_0["params"] == failure["params"] and mended["best"]["number"] == 0
+    assert (out / "best.pt").read_bytes() == b"a model"
+    assert (out / "tune" / "notes.txt").read_text() == "a user's own"
+    assert not list(out.glob("_*")), "nothing of Ray Tune's is left"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +197,7 @@ def test_a_study_fails_only_if_all_trials_do(ray_local, world, tmp_path, monkeyp
         ({"asha.grace_epochs": 9, "train.epochs": 8}, "asha.grace_epochs must be <= train.epochs"),
         ({"search.over": ["optim.rl"]}, "search.over must be settings that can be searched"),
         ({"search.method": "grid", "trials": 1}, "trials must be enough for two levels"),
-        ({"labeled": "/no/such"}, "labeled|source|images"),
+        ({"labeled": "/no/such"}, "labeled must be something that exists, got /no/such; "),
         ({"student.init": "/no/such.pt"}, "student.init must be"),
     ],
 )

@@ -10,14 +10,13 @@ under way ("constant liar"), and draws others.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import optuna
 
+from zsplg_ray.cluster.tune.quiet import quiet_optuna
 from zsplg_ray.label.space import Dimension, Space
 
 Method = Literal["tpe", "random", "grid"]
@@ -58,7 +57,7 @@ class Search:
     """Settings that were given away, also those under way."""
 
     def __post_init__(self) -> None:
-        with _quiet_optuna():
+        with quiet_optuna():
             self._study = optuna.create_study(direction="maximize", sampler=self._sampler())
         self._grid = self.space.grid(self.trials - 1) if self.method == "grid" else None
         self._under_way: dict[int, tuple[optuna.Trial, dict[str, Any]]] = {}
@@ -81,7 +80,7 @@ class Search:
     def ask(self, most: int) -> list[tuple[int, dict[str, Any]]]:
         """Up to `most` further settings: number and all settings by dotted name."""
         batch = []
-        with _quiet_optuna():
+        with quiet_optuna():
             for _ in range(min(most, self.left)):
                 if self.asked == 0:
                     self._study.enqueue_trial(self.space.default_params())
@@ -124,19 +123,6 @@ def _draw(trial: optuna.Trial, dimension: Dimension) -> Any:
         return trial.suggest_categorical(dimension.name, dimension.options)
     # Whole numbers too, the space rounds: the estimator takes twice as long over those it knows of.
     return trial.suggest_float(dimension.name, dimension.low, dimension.high, log=dimension.log)
-
-
-@contextlib.contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    """No line for each trial, and no warning that `group` is experimental."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def draw_batch(searches: Sequence[Search], most: int) -> tuple[int, list[tuple[int, dict]]] | None:

@@ -12,13 +12,11 @@ Nothing is stored: a search takes a minute or two, and one that was killed is ru
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from ray.tune.search import Searcher
 
 from zsplg_ray.cluster.session import last_line
 from zsplg_ray.cluster.tune.judgement import Subject, marks
+from zsplg_ray.cluster.tune.quiet import quiet_tune
 from zsplg_ray.cluster.tune.search import Search, Tried, draw_batch
 from zsplg_ray.settings import WorkError
 
@@ -41,14 +40,6 @@ LEAST_BATCHES = 16
 """Batches that a search is cut into, at least: how often it can learn."""
 RETRIES = 3
 """How often a batch is evaluated again whose process has died."""
-
-_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # three files a trial that nobody reads
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else the first Ctrl-C is swallowed
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_THRESHOLD_S": "3600",
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
 
 
 def run_searches(
@@ -75,7 +66,8 @@ def run_searches(
     batches = sum(math.ceil(s.trials / size) for s in searches)
     searcher = BatchSearcher(searches, size, told)
     trainable = tune.with_parameters(Judge, subjects=list(subjects))
-    with _quiet_tune() as folder:
+    scratch = tempfile.TemporaryDirectory(prefix="zsplg_tune_", ignore_cleanup_errors=True)
+    with quiet_tune(), scratch as folder:  # Ray Tune insists on writing
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 1}),
             tune_config=tune.TuneConfig(
@@ -197,27 +189,3 @@ def metrics_of(
 def _short_name(trial: Any) -> str:
     """Ray Tune would put all settings into the name of a folder."""
     return f"batch_{trial.trial_id}"
-
-
-@contextlib.contextmanager
-def _quiet_tune() -> Iterator[str]:
-    """A folder for what Ray Tune insists on writing, and no tables of its own on stderr."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
-    levels = [logger.level for logger in loggers]
-    if not log.isEnabledFor(logging.DEBUG):
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)  # what fails is told by `run_searches`
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix="zsplg_tune_", ignore_cleanup_errors=True
-        ) as folder:
-            yield folder
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.store import OFF, PREFIX
 from zsplg_ray.cluster.track.study import StudyTracker
 from zsplg_ray.cluster.train import anywhere, check_model, describe
+from zsplg_ray.cluster.tune.quiet import quiet_tune
 from zsplg_ray.cluster.tune.train_report import study_metrics, summary, tuned_header, tuned_values
 from zsplg_ray.cluster.tune.train_search import Ears, Halving, Searching, scheduler
 from zsplg_ray.cluster.tune.train_space import Dim, search_space
@@ -53,30 +53,22 @@ __all__ = ["summary", "tune_train"]
 
 log = logging.getLogger(__name__)
 
-RAY_TUNE = "tune"
-"""Folder of Ray Tune's own files while a study runs; none is needed afterwards."""
 PARENT_S = 30.0
 """How long the first trial waits for MLflow's parent run."""
 
-_ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's train.json has it all
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no val mIoU
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one tells of every error in tables
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
-    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000000",  # trials themselves take nothing
-}
 _PLACES = ("labeled", "labeled_masks", "unlabeled", "zeroshot", "val", "val_masks", "root", "out")
 
 
 def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
-    """Search for training settings, or go on with a study that was interrupted.
+    """Search for training settings, or go on with a study: with `--resume` trials that were
+    interrupted or failed go on from their last checkpoint, then come those that are left.
 
     Returns:
         The content of tune.json.
 
     Raises:
         ValueError: Bad input; nothing has been written.
-        WorkError: Every trial failed, or Ray did; `--resume` goes on.
+        WorkError: Every trial failed, or Ray did.
     """
     folder, base, space = RunFolder(config.out), base_config(config), search_space(config)
     asha = scheduler(config.asha, config.train.epochs)
@@ -88,6 +80,7 @@ def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
     with only_run(folder):
         old = refuse_other_study(folder, run, config)
         study = Study(folder, describe_study(config, run) if old is None else old)
+        study.try_again()
         if old is not None and old["state"] == "complete" and not _left(config, study):
             log.info("%s is finished: nothing to do", folder.uri)
             return old
@@ -146,14 +139,15 @@ def _work(
             tracker = StudyTracker(config.mlflow, study.folder, _tracked(study))
             tracker.start()
             _replay(study, asha)
-            for trial in study.trials:  # of an earlier start of the command
-                tracker.adopt(trial["number"], RunFolder(study.place(trial["number"])))
             _tell(config, study, space, at_once)
-            _search(config, _for_trials(base, crew, tracker), space, study, asha, at_once, tracker)
+            common = _for_trials(base, crew, tracker)
+            with quiet_tune():
+                _search(config, common, space, study, asha, at_once, tracker)
         state = "complete"
         if all(trial["state"] == "failed" for trial in study.trials):
             state = "failed"
-            raise WorkError(f"every trial failed, the last with: {study.trials[-1]['error']}")
+            why = f"every trial failed, the last with: {study.trials[-1]['error']}"
+            raise WorkError(f"{why} (--resume tries them again)")
     except KeyboardInterrupt:
         state = "interrupted"
         raise
@@ -242,12 +236,7 @@ def _search(
     left = _left(config, study)
     if not left:
         return
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not log.isEnabledFor(logging.DEBUG):
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
-    _forget_tune(study.folder)  # of a start that was killed
+    _forget_tune(study)  # of a start that was killed
     gate: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Gate).remote()
     tags = {f"{PREFIX}study": study.record["id"]}
     parent = tracker.parent(PARENT_S) if tracker.on else None
@@ -256,7 +245,6 @@ def _search(
     def ended(number: int) -> None:
         if study.trials[number]["state"] == "stopped":
             gate.answer.remote(number, False)
-        tracker.adopt(number, RunFolder(study.place(number)))
 
     trainable: Any = tune.with_parameters(TrialRun, base=base, tags=tags, gate=gate)
     tuner = tune.Tuner(
@@ -268,7 +256,7 @@ def _search(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=RAY_TUNE,
+            name=_ray_tune(study),
             storage_path=study.folder.path,
             storage_filesystem=study.folder.fs,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # it has its own
@@ -280,9 +268,16 @@ def _search(
     tuner.fit()
 
 
-def _forget_tune(folder: RunFolder) -> None:
+def _ray_tune(study: Study) -> str:
+    """Folder of Ray Tune's own files while a study runs; none is needed afterwards, and as it is
+    deleted, its name is one that nothing of a user's can have.
+    """
+    return f"_ray_tune_{study.record['id']}"
+
+
+def _forget_tune(study: Study) -> None:
     with contextlib.suppress(FileNotFoundError):
-        folder.fs.delete_dir(f"{folder.path}/{RAY_TUNE}")
+        study.folder.fs.delete_dir(f"{study.folder.path}/{_ray_tune(study)}")
 
 
 def _settle(study: Study, state: str, tracker: StudyTracker) -> None:
@@ -290,7 +285,9 @@ def _settle(study: Study, state: str, tracker: StudyTracker) -> None:
     folder, record = study.folder, study.record
     try:
         study.settle(state)
-        _forget_tune(folder)
+        for trial in study.trials:  # those that were interrupted too, or MLflow has them running
+            tracker.adopt(trial["number"], RunFolder(study.place(trial["number"])))
+        _forget_tune(study)
         files: dict[str, bytes] = {}
         if record["best"] is not None:
             write_tuned(folder, tuned_values(record), tuned_header(record))

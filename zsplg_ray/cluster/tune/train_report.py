@@ -6,6 +6,7 @@ metrics of MLflow's parent run.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from zsplg_ray.cluster.tune.tuned import NAME
 from zsplg_ray.cluster.watch import duration
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.settings import flatten, from_mapping
+from zsplg_ray.storage import Place, is_address
 
 SHOWN = 10
 """Trials in a summary."""
@@ -78,9 +80,10 @@ def summary(study: Mapping[str, Any]) -> str:
     told += f": {ended['complete']} complete"
     told += f", {ended['stopped']} stopped early" if ended["stopped"] else ""
     told += f", {ended['failed']} failed" if ended["failed"] else ""
-    best, out = study["best"], study["config"]["out"]
+    best = study["best"]
     if best is None:
         return told
+    model, settings = (_shown(study["config"]["out"], name) for name in ("best.pt", NAME))
     return "\n".join(
         [
             *lines,
@@ -88,11 +91,17 @@ def summary(study: Mapping[str, Any]) -> str:
             f"val mIoU {given_miou(study)} with the settings given (trial 0), "
             f"{best['val_miou']:.4f} with those of trial {best['number']}",
             f"the choice rests on {study['data']['validation']['images']} images and flatters "
-            f"itself; on others: zsplg evaluate {out}/best.pt --truth MASKS",
-            f"model: {out}/best.pt",
-            f"settings: {out}/{NAME}, for zsplg train --config {out}/{NAME}",
+            f"itself; on others: zsplg evaluate {model} --truth MASKS",
+            f"model: {model}",
+            f"settings: {settings}, for zsplg train --config {settings}",
         ]
     )
+
+
+def _shown(out: str, name: str) -> str:
+    """A file of the study's folder, `out` as the user wrote it, for a shell."""
+    file = Place.parse(out).child(name).uri if is_address(out) else f"{out.rstrip('/')}/{name}"
+    return shlex.quote(file)
 
 
 def trial_line(

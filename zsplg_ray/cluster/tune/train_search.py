@@ -190,7 +190,8 @@ class Ears(Callback):
         now = time.monotonic()
         if now < self._look_until and now > self._looked + 1:
             self._looked = now
-            remove_left_behind()
+            if remove_left_behind() is None:
+                self._look_until = 0.0  # told once
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Before Ray Tune acts on it: the run of a trial that is stopped goes on until then."""
@@ -216,6 +217,6 @@ class Ears(Callback):
 
 def _why(trial: Any) -> str:
     """What Ray says of the end of a trial's process."""
-    with contextlib.suppress(OSError, TypeError):  # there is no such file, or no path
+    with contextlib.suppress(Exception):  # no such file, no path, or nothing we can unpickle
         return last_line(pickle.loads(Path(trial.pickled_error_file).read_bytes()))
     return "nobody knows why"

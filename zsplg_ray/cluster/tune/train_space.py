@@ -13,8 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import typing
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
+from zsplg_ray.cluster.tune.quiet import quiet_optuna
 from zsplg_ray.config import FusionRule, SearchConfig, TuneTrainConfig
 from zsplg_ray.settings import complain, flatten, nearest
 
@@ -38,6 +38,7 @@ KNOWN = (
 LR_FACTOR = 10.0
 """The learning rate is searched from the given one divided by this to it times this."""
 
+_EFFECT = "settings with an effect"
 _DIGITS = 4
 _MOST_STARTUP = 10
 
@@ -90,7 +91,7 @@ def search_space(config: TuneTrainConfig) -> tuple[Dim, ...]:
     flat, asked = flatten(config), config.search.over
     useful = [name for name in KNOWN if _has_effect(name, config)]
     if asked is not None:
-        _check_asked(asked, useful)
+        _check_asked(asked, useful, config)
     chosen = [d for d in _dims(flat) if d.name in (useful if asked is None else asked)]
     if all(dim.name != "fusion.rule" for dim in chosen):
         chosen = [d for d in chosen if not d.rules or flat["fusion.rule"] in d.rules]
@@ -101,7 +102,7 @@ def search_space(config: TuneTrainConfig) -> tuple[Dim, ...]:
     if not chosen:
         fix = f"with fusion.rule {flat['fusion.rule']} choose among {', '.join(useful)}"
         shown = " ".join(asked or ()) or "none"
-        raise ValueError(complain("search.over", "settings with an effect", shown, fix))
+        raise ValueError(complain("search.over", _EFFECT, shown, fix))
     if config.search.method == "grid":
         grid(chosen, config.trials - 1, flat["fusion.rule"])  # refuses too few trials
     return tuple(chosen)
@@ -230,10 +231,8 @@ def _ask_tpe(
     space: Sequence[Dim], seed: int, trials: int, told: Sequence[Told], rule: str
 ) -> Params:
     """Optuna's next proposal, from a study made anew of the trials that there are."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     drawn = np.random.SeedSequence([seed, len(told)]).generate_state(1)[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constant_liar is experimental
+    with quiet_optuna():
         sampler = optuna.samplers.TPESampler(
             seed=int(drawn),
             n_startup_trials=max(3, min(_MOST_STARTUP, trials // 3)),
@@ -292,7 +291,8 @@ def _has_effect(name: str, config: TuneTrainConfig) -> bool:
     return not name.startswith("unimatch.") or config.unlabeled is not None
 
 
-def _check_asked(asked: Iterable[str], useful: Sequence[str]) -> None:
+def _check_asked(asked: Sequence[str], useful: Sequence[str], config: TuneTrainConfig) -> None:
+    """Raises: ValueError for a name that nothing could be searched of."""
     for name in asked:
         if name not in KNOWN:
             near = nearest(name, KNOWN)
@@ -300,7 +300,14 @@ def _check_asked(asked: Iterable[str], useful: Sequence[str]) -> None:
             fix += f"known: {', '.join(KNOWN)}"
             raise ValueError(complain("search.over", "settings that can be searched", name, fix))
         if name not in useful:
-            need = "--zeroshot and --unlabeled" if name.startswith("fusion.") else "--unlabeled"
-            rule = "settings that have an effect"
-            fix = f"it needs {need}; leave it out or choose among {', '.join(useful)}"
-            raise ValueError(complain("search.over", rule, name, fix))
+            need = ["zeroshot"] if name.startswith("fusion.") else []
+            missing = [f"--{n}" for n in (*need, "unlabeled") if getattr(config, n) is None]
+            fix = f"add {' and '.join(missing)}, or choose among {', '.join(useful)}"
+            raise ValueError(complain("search.over", _EFFECT, name, fix))
+    if "fusion.rule" in asked:
+        return
+    rule = config.fusion.rule
+    idle = [d.name for d in _dims(flatten(config)) if d.rules and rule not in d.rules]
+    if wrong := [name for name in asked if name in idle]:
+        fix = f"add fusion.rule, or leave it out: fusion.rule {rule} does not look at it"
+        raise ValueError(complain("search.over", _EFFECT, " ".join(wrong), fix))

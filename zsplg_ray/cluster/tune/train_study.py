@@ -143,6 +143,12 @@ class Study:
         self.write()
         return number
 
+    def try_again(self) -> None:
+        """Have trials that failed run once more: what they failed of may have been mended."""
+        for trial in self.trials:
+            if trial["state"] == "failed":
+                trial |= {"state": "running", "error": None}
+
     def heard(self, number: int, epoch: int, val_miou: float) -> None:
         """A validation of a trial that goes on."""
         self.curves[number].append((time.time(), epoch, val_miou))

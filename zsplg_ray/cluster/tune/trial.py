@@ -59,16 +59,24 @@ class Gate:
 
     async def open(self, number: int) -> None:
         """A trial starts; what an earlier process of it has left is void."""
-        self._told.pop(number, None)
-        self._answers.pop(number, None)
+        await self.close(number)
+
+    async def close(self, number: int) -> None:
+        """A trial's process has ended: whoever still waits is let go. An actor takes only so many
+        calls at a time, so none must be left behind.
+        """
+        if (told := self._told.pop(number, None)) is not None:
+            told.put_nowait(None)
+        if (answers := self._answers.pop(number, None)) is not None:
+            answers.put_nowait(False)
 
     async def tell(self, number: int, result: Mapping[str, Any]) -> bool:
         """A validation; whether to go on after it."""
         await self._told[number].put(result)
         return await self._answers[number].get()
 
-    async def hear(self, number: int) -> Mapping[str, Any]:
-        """The next validation."""
+    async def hear(self, number: int) -> Mapping[str, Any] | None:
+        """The next validation; None if there will be none, for this process of the trial."""
         return await self._told[number].get()
 
     async def answer(self, number: int, go_on: bool) -> None:
@@ -152,8 +160,11 @@ class TrialRun(tune.Trainable):
         while True:
             waiting = self.waiting = self.waiting or self.gate.hear.remote(self.number)
             if ray.wait([waiting], timeout=0.5)[0]:
-                self.waiting, self.asked = None, True
-                return dict(ray.get(waiting))
+                self.waiting, result = None, ray.get(waiting)
+                if result is None:
+                    raise WorkError(f"another process has gone on with trial {self.number}")
+                self.asked = True
+                return dict(result)
             if not self.thread.is_alive():
                 return self._end()
 
@@ -175,6 +186,8 @@ class TrialRun(tune.Trainable):
 
     def _end(self) -> dict[str, Any]:
         """The last result: what train.json says."""
+        self.gate.close.remote(self.number)
+        self.waiting = None
         result: dict[str, Any] = {"done": True, ENDED: "complete"}
         run = read_training(self.folder)
         if self.error is None and (run is None or run["state"] != "complete"):
