@@ -8,6 +8,8 @@ tables of scores: of the zero-shot labels, then of two students on scenes that n
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -43,19 +45,29 @@ def demo(config: DemoConfig) -> str:
     out = Path(config.out)
     scenes = _scenes(out / f"scenes_{config.n}", config.n, 0)
     embedders = ("crop", "gem") if config.embedder == "both" else (config.embedder,)
-    lines = []
+    lines, store = [], _store(out)
     with ray_session(config.ray):
         for embedder in embedders:
             run = out / f"{embedder}_{config.n}"
             log.info("labelling them with the tiny SAM and CLIP, embedder %s, in %s", embedder, run)
             settings = {"images": str(scenes), "classes": "shapes", "out": str(run)}
+            settings |= {"mlflow.uri": store} if store else {}
             settings |= {"sam.model": "shapes", "clip.model": "shapes", "clip.embedder": embedder}
             label(from_mapping(LabelConfig, settings))
             lines.append(_scores(run, scenes, embedder))
         if config.epochs:
             lines.append(_students(out, scenes, out / f"{embedders[0]}_{config.n}", config))
+    if store:
+        lines.append(f"every run, in a browser: mlflow ui --backend-store-uri {shlex.quote(store)}")
     lines.append(f"all in {time.monotonic() - began:.0f} s")
     return "\n\n".join(lines)
+
+
+def _store(out: Path) -> str | None:
+    """One MLflow store for all runs, unless the environment names another."""
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return None
+    return f"sqlite:///{out.absolute()}/mlflow.db"
 
 
 def _scenes(folder: Path, n: int, seed: int) -> Path:
@@ -87,6 +99,7 @@ def _students(out: Path, scenes: Path, labels: Path, config: DemoConfig) -> str:
         values: dict[str, Any] = {**TRAIN_SETTINGS, **splits, "root": str(scenes)}
         values |= {"classes": "shapes", "out": str(model), "train.epochs": config.epochs}
         values |= {"train.validate_epochs": max(1, config.epochs // 4)}
+        values |= {"mlflow.uri": store} if (store := _store(out)) else {}
         if name == "unimatch":
             values |= {"fusion.rule": "unimatch"}
         else:
