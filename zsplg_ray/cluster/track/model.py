@@ -15,6 +15,7 @@ from typing import Any
 
 from zsplg_ray import __version__
 from zsplg_ray.cluster.track.store import Store
+from zsplg_ray.config import ModelMlflowConfig
 from zsplg_ray.rundir import RunFolder
 
 
@@ -47,6 +48,18 @@ def log_model(store: Store, run_id: str, folder: RunFolder) -> str:
     client.finalize_logged_model(made.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step=0)])
     return made.model_id
+
+
+def publish(store: Store, run_id: str, folder: RunFolder, config: ModelMlflowConfig) -> str | None:
+    """Log the folder's best.pt, and register it if the config asks for that.
+
+    Returns: `NAME/VERSION` of the registered model.
+    """
+    made = log_model(store, run_id, folder)
+    if config.register is None:
+        return None
+    version = register(store, run_id, made, config.register, config.alias)
+    return f"{config.register}/{version}"
 
 
 def register(store: Store, run_id: str, model_id: str, name: str, alias: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from zsplg_ray.cluster.track.store import IMPATIENCE_S, PREFIX, TAG, Store, in_short
+from zsplg_ray.cluster.track.store import IMPATIENCE_S, PREFIX, TAG, Store, in_short, run_name
 from zsplg_ray.cluster.track.train import labels_tags
 from zsplg_ray.config import MlflowConfig
 from zsplg_ray.rundir import RunFolder, made_by
@@ -129,13 +129,13 @@ class RunTracker:
         if self._run_id is None:
             store = self.store
             store.open()
-            name = self.config.run_name or Place.parse(self.folder.uri).name
             tags = run_tags(run, self.folder, self.verb)
             key = {k: tags[k] for k in (TAG, f"{PREFIX}verb")}
             if self.verb != "predict":  # other labels, another run
                 key[f"{PREFIX}labels"] = tags[f"{PREFIX}labels"]
-            shown = name if self.verb != "relabel" else f"{name} relabel"
-            run_id, _ = store.begin(shown, key, tags)
+            beside = "relabel" if self.verb == "relabel" else ""
+            name = run_name(self.config, self.folder, beside)
+            run_id, _ = store.begin(name, key, tags)
             store.send(run_id, tags=tags)
             store.send_missing_params(run_id, run["resolved"])
             self._run_id = run_id

@@ -49,6 +49,7 @@ from zsplg_ray import __version__
 from zsplg_ray.config import MlflowConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import masked
+from zsplg_ray.storage import Place
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -266,6 +267,12 @@ class Store:
         """End a run. `state`: a key of STATUS; `ended_s`: seconds since 1970."""
         self.client.set_tag(run_id, f"{PREFIX}state", state)
         self.client.set_terminated(run_id, STATUS[state], int(ended_s * 1000))
+
+
+def run_name(config: MlflowConfig, folder: RunFolder, beside: str = "") -> str:
+    """What a folder's MLflow run is called. `beside`: the verb of one that has company there."""
+    name = config.run_name or Place.parse(folder.uri).name
+    return f"{name} {beside}" if beside else name
 
 
 def store_uri(config: MlflowConfig, folder: RunFolder) -> str | None:

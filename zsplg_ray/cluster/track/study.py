@@ -20,8 +20,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from zsplg_ray.cluster.track.model import log_model, register
-from zsplg_ray.cluster.track.store import PREFIX, STATUS, TAG, Store, in_short, is_refused
+from zsplg_ray.cluster.track.model import publish
+from zsplg_ray.cluster.track.store import (
+    PREFIX,
+    STATUS,
+    TAG,
+    Store,
+    in_short,
+    is_refused,
+    run_name,
+)
 from zsplg_ray.cluster.track.train import Tracker
 from zsplg_ray.cluster.trainrun import read_training
 from zsplg_ray.config import MlflowConfig, ModelMlflowConfig
@@ -285,12 +293,12 @@ class StudyTracker:
     def _open(self) -> None:
         """The parent run, and which trials it has already."""
         self.store.open()
-        name = self.config.run_name or Place.parse(self.folder.uri).name
+        # tune labels has its study in a folder that has a run of its own
+        beside = "tune labels" if self.study["verb"] == "tune labels" else ""
+        name = run_name(self.config, self.folder, beside)
         key = {TAG: self.study["id"], f"{PREFIX}verb": self.study["verb"]}
         tags = {f"{PREFIX}out": Place.parse(self.folder.uri).uri, f"{PREFIX}state": "running"}
         tags |= self.study.get("tags") or {}
-        if self.study["verb"] == "tune labels":  # in a folder that has a run of its own
-            name = f"{name} tune labels"
         parent, new = self.store.begin(name, key, tags)
         if not new:
             self.store.send(parent, tags=tags)
@@ -429,8 +437,5 @@ class StudyTracker:
         return last
 
     def _send_model(self, best: RunFolder) -> None:
-        config, parent = self.config, str(self._parent)
-        assert isinstance(config, ModelMlflowConfig)
-        model = log_model(self.store, parent, best)
-        if config.register is not None:
-            register(self.store, parent, model, config.register, config.alias)
+        assert isinstance(self.config, ModelMlflowConfig)
+        publish(self.store, str(self._parent), best, self.config)

@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zsplg_ray.cluster.track.model import log_model, register
-from zsplg_ray.cluster.track.store import IMPATIENCE_S, PREFIX, TAG, Store, in_short
+from zsplg_ray.cluster.track.model import publish
+from zsplg_ray.cluster.track.store import IMPATIENCE_S, PREFIX, TAG, Store, in_short, run_name
 from zsplg_ray.cluster.trainrun import write_training
 from zsplg_ray.config import MlflowConfig, ModelMlflowConfig
 from zsplg_ray.rundir import RunFolder
@@ -196,7 +196,7 @@ class Tracker:
         store.open()
         tags = training_tags(run, self.folder) | self._tags
         if self.run_id is None:
-            name = self.config.run_name or Place.parse(self.folder.uri).name
+            name = run_name(self.config, self.folder)
             self.run_id, _ = store.begin(name, {TAG: run["id"]}, tags)
         else:
             store.client.update_run(self.run_id, status="RUNNING")
@@ -224,10 +224,7 @@ class Tracker:
         self.store.send_files(self._run, {"iou.png": iou_bars({"best epoch": iou})})
 
     def _send_model(self, config: ModelMlflowConfig) -> None:
-        made = log_model(self.store, self._run, self.folder)
-        if config.register is not None:
-            version = register(self.store, self._run, made, config.register, config.alias)
-            self.model = f"{config.register}/{version}"
+        self.model = publish(self.store, self._run, self.folder, config) or self.model
 
     def _send_sha256(self) -> None:
         """The tag by which predictions of this model are found."""

@@ -13,11 +13,10 @@ from typing import Any
 
 from zsplg_ray.cluster.trainrun import weight_settings
 from zsplg_ray.cluster.tune.train_space import Params
-from zsplg_ray.cluster.tune.tuned import NAME
+from zsplg_ray.cluster.tune.tuned import NAME, tuned_file
 from zsplg_ray.cluster.watch import duration
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.settings import flatten, from_mapping
-from zsplg_ray.storage import Place, is_address
 
 SHOWN = 10
 """Trials in a summary."""
@@ -83,7 +82,8 @@ def summary(study: Mapping[str, Any]) -> str:
     best = study["best"]
     if best is None:
         return told
-    model, settings = (_shown(study["config"]["out"], name) for name in ("best.pt", NAME))
+    out = study["config"]["out"]
+    model, settings = (shlex.quote(tuned_file(out, name)) for name in ("best.pt", NAME))
     return "\n".join(
         [
             *lines,
@@ -96,12 +96,6 @@ def summary(study: Mapping[str, Any]) -> str:
             f"settings: {settings}, for zsplg train --config {settings}",
         ]
     )
-
-
-def _shown(out: str, name: str) -> str:
-    """A file of the study's folder, `out` as the user wrote it, for a shell."""
-    file = Place.parse(out).child(name).uri if is_address(out) else f"{out.rstrip('/')}/{name}"
-    return shlex.quote(file)
 
 
 def trial_line(

@@ -20,11 +20,11 @@ NAME = "tuned.yaml"
 """The file's name, in the folder of a run or of a study."""
 
 
-def tuned_file(folder: str) -> str:
-    """Where it is in a folder, as a user writes it."""
+def tuned_file(folder: str, name: str = NAME) -> str:
+    """Where it, or another file, is in a folder, as a user writes it."""
     if is_address(folder):
-        return Place.parse(folder).child(NAME).uri
-    return str(Path(folder, NAME))
+        return Place.parse(folder).child(name).uri
+    return str(Path(folder, name))
 
 
 def write_tuned(folder: RunFolder, values: Mapping[str, Any], header: Sequence[str]) -> None:
