@@ -17,7 +17,7 @@ MODULES = {
 }
 ABOVE_CLUSTER = {"zsplg_ray.cli", "zsplg_ray.demo"}
 PLAIN = (
-    *("settings", "config", "vocab", "records", "rundir", "runinfo", "storage"),
+    *("settings", "config", "vocab", "records", "rundir", "exactly_once", "runinfo", "storage"),
     *("sources", "images", "coco", "masks", "metrics"),
 )
 """Modules of the lowest layer."""

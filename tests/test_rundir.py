@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
+from zsplg_ray.exactly_once import anti_join, forget_errors, part_ids, repair
 from zsplg_ray.records import ERRORS, LABELS, encode_png, segments_schema
 from zsplg_ray.rundir import KINDS, RunFolder, made_by, part_name
 
@@ -103,8 +104,8 @@ def tear(folder, kind, name, share):
 
 def check_repair(folder, wreck):
     write(folder, wreck)
-    folder.forget_errors(wreck.retry)
-    found = folder.repair()
+    forget_errors(folder, wreck.retry)
+    found = repair(folder)
     whole = [p for p in wreck.parts if p.segments and "segments" not in p.torn]
     done = {i for part in whole for i in part.ids}
     whole_errors = wreck.errors if wreck.torn_errors is None else wreck.errors[1:]
@@ -113,7 +114,7 @@ def check_repair(folder, wreck):
 
     assert sorted(ids_in(folder, "segments")) == sorted(done) == sorted(found.done)
     assert sorted(ids_in(folder, "errors")) == sorted(failed) == sorted(found.failed)
-    segments, labels = folder.part_ids("segments"), folder.part_ids("labels")
+    segments, labels = part_ids(folder, "segments"), part_ids(folder, "labels")
     assert all(segments.values()), "an empty part was kept"
     assert sorted(segments.keys() - labels.keys()) == found.unlabelled
     assert labels == {name: segments[name] for name in labels}
@@ -127,7 +128,7 @@ def check_repair(folder, wreck):
             assert part_name(part.ids) in labels
 
     before = contents(folder)
-    again = folder.repair()
+    again = repair(folder)
     assert contents(folder) == before
     assert (again.done, again.failed, again.unlabelled) == (
         found.done,
@@ -183,7 +184,7 @@ def check_predictions(folder, parts, errors):
             tear(folder, "labels", name, torn)
     for ids in errors:
         put(folder, "errors", ids)
-    found = folder.repair("predict")
+    found = repair(folder, "predict")
     done = {i for ids, torn in parts if torn is None for i in ids}
     failed = {i for ids in errors for i in ids} - done
     assert sorted(ids_in(folder, "labels")) == sorted(done) == sorted(found.done)
@@ -192,12 +193,12 @@ def check_predictions(folder, parts, errors):
     kept = {kind: folder.parts(kind) for kind in KINDS}
     assert all(folder.part_meta(k, name) == META for k in KINDS for name in kept[k])
     before = contents(folder)
-    folder.repair("predict")
+    repair(folder, "predict")
     assert contents(folder) == before
 
 
 def test_repair_of_an_empty_folder_writes_nothing(tmp_path):
-    found = RunFolder(str(tmp_path / "run")).repair()
+    found = repair(RunFolder(str(tmp_path / "run")))
     assert (found.done, found.failed, found.unlabelled) == (set(), set(), [])
     assert not list(tmp_path.iterdir())
 
@@ -227,7 +228,7 @@ def test_leftovers_of_killed_writers_go_and_what_others_put_there_stays(tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(ours if name.endswith("parquet") else b"x")
     assert len(list(tmp_path.glob("**/_*"))) == 6
-    found = folder.repair()
+    found = repair(folder)
     assert found.done == {"a"} and not found.failed
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("**/*") if p.is_file()}
     name = f"{part_name(['a'])}.parquet"
@@ -243,7 +244,7 @@ def test_a_storage_that_fails_is_not_mistaken_for_a_torn_file(tmp_path, monkeypa
 
     monkeypatch.setattr(RunFolder, "read_part", fail)
     with pytest.raises(OSError, match="Input/output"):
-        folder.repair()
+        repair(folder)
     assert folder.parts("segments") == [name]
 
 
@@ -341,15 +342,14 @@ def test_a_part_is_named_after_its_ids_and_nothing_else():
 
 
 def test_anti_join_keeps_order_and_what_is_missing(tmp_path):
-    folder = RunFolder(str(tmp_path))
     manifest = pa.table({"image_id": ["c", "a", "b"], "uri": ["3", "1", "2"]})
     for n in range(4):
         for done in itertools.combinations(["a", "b", "c", "other"], n):
-            left = folder.anti_join(manifest, set(done))
+            left = anti_join(manifest, set(done))
             kept = [i for i in ["c", "a", "b"] if i not in done]
             assert left["image_id"].to_pylist() == kept
             assert left.schema == manifest.schema
-    assert len(folder.anti_join(manifest.slice(0, 0), {"a"})) == 0
+    assert len(anti_join(manifest.slice(0, 0), {"a"})) == 0
 
 
 def test_a_folder_can_be_sent_to_other_processes_and_keeps_its_place(tmp_path, monkeypatch):
@@ -424,7 +424,7 @@ def test_a_run_on_an_object_store(bucket):
     assert not folder.local
     check_predictions(RunFolder(bucket.format("two")), [(["a", "b"], None), (["b"], None)], [["a"]])
     assert folder.read_run() is None and folder.parts("labels") == []
-    assert folder.repair().done == set()
+    assert repair(folder).done == set()
     check_repair(pickle.loads(pickle.dumps(folder)), WRECK)
     folder.write_run(run := {key: {} for key in ("config", "resolved", "classes", "weights")})
     with pytest.raises(ValueError, match=r"run\.json must be a run's"):

@@ -181,6 +181,9 @@ class ActorsConfig(Section):
     """Images an actor takes and writes at a time, [1, 64]: what a crash makes it do again."""
     flush_s: Annotated[float, Range(0)] = 60.0
     """Seconds after which finished images are written even if fewer, >= 0."""
+    resources: Annotated[dict[str, float], Range(1e-4, 1e6)] = field(default_factory=dict)
+    """Custom resources of the nodes that an actor may stand on, amount by name (`label_node
+    0.001`), each in [0.0001, 1000000]; this is how `cluster.yaml` sends it to its own nodes."""
 
     def extra_checks(self) -> None:
         """At least as many actors may run as must run, on whole GPUs or parts of one."""
@@ -497,6 +500,9 @@ class WorkersConfig(Section):
     """GPUs a worker takes, [0, 64]. None: 1 where there are GPUs, else 0."""
     cpus: Annotated[float | None, Range(0, 1024)] = None
     """CPUs a worker takes, [0, 1024]. None: an even share of the cluster's, at most 8 with GPU."""
+    resources: Annotated[dict[str, float], Range(1e-4, 1e6)] = field(default_factory=dict)
+    """Custom resources of the nodes that a worker may stand on, amount by name (`label_node
+    0.001`), each in [0.0001, 1000000]; this is how `cluster.yaml` sends it to its own nodes."""
     max_failures: Annotated[int, Range(0, 1000)] = 3
     """How often training starts again from its last checkpoint after a worker died, [0, 1000]."""
 
@@ -751,3 +757,29 @@ class DoctorConfig(Section):
     """Folder or URI whose storage is tried."""
     json: bool = False
     """A JSON list on stdout instead of lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig(Section):
+    """Any verb as a job on a Ray cluster: `zsplg submit --address URL [--wait] -- VERB ...`. The
+    verb's settings are checked here first; the cluster runs the code that is installed here."""
+
+    address: str | None = None
+    """The cluster's dashboard, such as http://head:8265. None: RAY_API_SERVER_ADDRESS if it is set,
+    else http://127.0.0.1:8265."""
+    wait: bool = False
+    """Follow the job's log until it ends and exit with its code; Ctrl-C asks whether to stop it."""
+    working_dir: str | None = "."
+    """Folder that the job gets a copy of and runs in: config files, class lists, split files.
+    Hidden files, virtual environments, run folders, weights and images stay here. None (`None`
+    on the command line): no folder."""
+    exclude: tuple[str, ...] = ()
+    """Further files of the working directory that stay here, patterns as in .gitignore."""
+    max_working_dir_mib: Annotated[float, Range(0.1, 500)] = 50.0
+    """Most that the copy may hold, MiB in [0.1, 500]; Ray takes 500 at most, packed."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the job, such as MLFLOW_TRACKING_URI or AWS_REGION."""
+    job_id: str | None = None
+    """The job's name on the cluster, unique there. None: the verb, the time and some letters."""
+    json: bool = False
+    """A JSON object on stdout instead of lines."""

@@ -1,14 +1,10 @@
-"""A run's folder: Parquet parts, run.json, and what makes labelling exactly-once.
+"""A run's folder: Parquet parts and run.json, on a disk or an object store.
 
-What enters: Arrow tables of one schema of records.py each. What leaves: parts on a disk or an
-object store, and the ids that are done. The valid Parquet files ARE the record of what is done:
+What enters: Arrow tables of one schema of records.py each. What leaves: parts, and what stands in
+them. What makes labelling exactly-once (see exactly_once) rests on this:
 
 - a part appears whole or not at all (written under a hidden name and renamed, or put in one go on
   an object store), and names starting with `_` or `.` are skipped by every Parquet reader;
-- the last kind of part that a run writes for an image is its commit: of `label` that is
-  `segments/X.parquet`, written after `labels/X.parquet`; of `predict`, which finds no segments, it
-  is `labels/X.parquet` itself. `repair` removes a labels part without its commit, rows that stand
-  twice, and errors of images done since;
 - a part is named after its ids, so that a task run twice writes the same file twice.
 
 No step needs a rename of something that others read, so all of it holds on s3:// and gs:// too.
@@ -44,7 +40,6 @@ COMMITS: dict[Verb, Kind] = {"label": "segments", "predict": "labels"}
 """Which kind of part says that an image is done, by the verb that makes the run."""
 META = b"zsplg_ray"
 _PART = re.compile(r"(part-[0-9a-f]{20})\.parquet")
-_UNFINISHED = re.compile(r"_.+\.[0-9a-f]{32}")
 T = TypeVar("T")
 
 
@@ -214,97 +209,6 @@ class RunFolder:
         with ThreadPoolExecutor(16) as pool:
             return dict(zip(names, pool.map(read, names), strict=True))
 
-    # Exactly once ----------------------------------------------------------------------------
-
-    def part_ids(self, kind: Kind) -> dict[str, list[str]]:
-        """Part name -> image ids, reading the id column only; unreadable parts are removed."""
-
-        def ids(name: str) -> list[str] | None:
-            try:
-                return self.read_part(kind, name, ["image_id"])["image_id"].to_pylist()
-            except (OSError, pa.ArrowInvalid) as e:
-                torn = isinstance(e, pa.ArrowInvalid) or (self.local and e.errno is None)
-                if not torn:
-                    raise  # the storage failed, not the file
-                log.warning("%s/%s.parquet is not readable (%s): removed", kind, name, e)
-                self.delete_part(kind, name)
-                return None
-
-        found = self.map_parts(self.parts(kind), ids)
-        return {name: ids for name, ids in found.items() if ids is not None}
-
-    def repair(self, verb: Verb = "label") -> Repaired:
-        """Bring the folder to the state where every image stands once, and tell what is there.
-
-        `verb`: whose run it is.
-        """
-        commit = COMMITS[verb]
-        if self.local:
-            for kind in (".", *KINDS):
-                for left in Path(self.path, kind).glob("_*"):
-                    if _UNFINISHED.fullmatch(left.name):
-                        left.unlink(missing_ok=True)  # what a killed writer left
-        parts = self.part_ids(commit)
-        labels = self.part_ids("labels") if commit != "labels" else {}
-        for name in labels.keys() - parts.keys():
-            self.delete_part("labels", name)
-        done: set[str] = set()
-        for name in sorted(parts):
-            ids = parts[name]
-            fresh = _first_time(ids, done)
-            if not all(fresh):
-                log.warning("%s holds %d images twice: mended", name, fresh.count(False))
-                if labels.get(name) == ids:
-                    self._keep_rows("labels", name, labels, fresh)
-                self._keep_rows(commit, name, parts, fresh)
-            if name in labels and labels[name] != parts[name]:
-                self.delete_part("labels", name)  # half mended before: composed anew from segments
-                del labels[name]
-        failed = self._repair_errors(done.__contains__)
-        lost = (name for name in parts if name not in labels and parts[name])
-        unlabelled = sorted(lost) if commit != "labels" else []
-        return Repaired(done, failed, unlabelled)
-
-    def forget_errors(self, image_ids: set[str]) -> None:
-        """Drop the errors rows of images that are about to be tried again."""
-        self._repair_errors(image_ids.__contains__)
-
-    def _keep_rows(
-        self, kind: Kind, name: str, ids: dict[str, list[str]], keep: list[bool]
-    ) -> None:
-        """Drop rows of a part, in the file and in `ids`."""
-        if any(keep):
-            table = self.read_part(kind, name).filter(pa.array(keep))
-            self.write_part(kind, name, table, self.part_meta(kind, name))
-        else:
-            self.delete_part(kind, name)
-        ids[name] = [i for i, kept in zip(ids[name], keep, strict=True) if kept]
-
-    def _repair_errors(self, drop: Callable[[str], bool]) -> set[str]:
-        parts = self.part_ids("errors")
-        kept: set[str] = set()
-        for name, ids in parts.items():
-            wanted = [i for i in ids if not drop(i)]
-            first = iter(_first_time(wanted, kept))
-            keep = [not drop(i) and next(first) for i in ids]
-            if not all(keep):
-                self._keep_rows("errors", name, parts, keep)
-        return kept
-
-    def anti_join(self, manifest: pa.Table, done: set[str]) -> pa.Table:
-        """The rows of a manifest whose image_id is not in `done`."""
-        missing = [image_id not in done for image_id in manifest["image_id"].to_pylist()]
-        return manifest.filter(pa.array(missing, pa.bool_()))
-
-
-def _first_time(ids: Iterable[str], seen: set[str]) -> list[bool]:
-    """Of each id whether it was not in `seen` yet; all are put there."""
-    fresh = []
-    for image_id in ids:
-        fresh.append(image_id not in seen)
-        seen.add(image_id)
-    return fresh
-
 
 def made_by(run: Mapping[str, Any]) -> Verb:
     """The verb that made a run, by its run.json; the first runs, all of `label`, do not say it."""
@@ -322,10 +226,3 @@ class LabelPlaces(NamedTuple):
         more than one way.
         """
         return self.by_uri.get(uri or "") or self.by_key.get(image_key(image_id))
-
-
-class Repaired:
-    """What `RunFolder.repair` found: ids done, ids failed, parts whose labels are to be made."""
-
-    def __init__(self, done: set[str], failed: set[str], unlabelled: list[str]) -> None:
-        self.done, self.failed, self.unlabelled = done, failed, unlabelled

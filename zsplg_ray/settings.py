@@ -313,6 +313,6 @@ def _describe(option: Any) -> str:
         choices = typing.get_args(args[0]) if typing.get_origin(args[0]) is Literal else ()
         return f"a list of {', '.join(choices)}" if choices else "a list of texts"
     if origin is dict:
-        return "a mapping of class names to numbers"
+        return f"a mapping of names to {'texts' if args[1] is str else 'numbers'}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     return names.get(option, "none")

@@ -168,7 +168,7 @@ def test_an_image_without_segments_is_a_row_and_all_background(tmp_path):
 
 
 def test_only_one_run_at_a_time(tmp_path):
-    from zsplg_ray.cluster.label import only_run
+    from zsplg_ray.cluster.lock import only_run
 
     images = fill(tmp_path / "images", {"a": (1, 2, 3)})
     folder = RunFolder(str(tmp_path / "run"))

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from zsplg_ray.cluster.actor import Row
+from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import labels_row, relabel_part, segments_row
-from zsplg_ray.cluster.pipeline import only_run, run_images
+from zsplg_ray.cluster.pipeline import run_images
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores

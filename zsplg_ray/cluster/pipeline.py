@@ -17,13 +17,10 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
-from filelock import FileLock, Timeout
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
@@ -41,6 +38,7 @@ from zsplg_ray.cluster.session import (
 )
 from zsplg_ray.cluster.track.run import RunTracker
 from zsplg_ray.config import LabelConfig, PredictConfig
+from zsplg_ray.exactly_once import anti_join, forget_errors, repair
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import part_meta, refuse_other_run
 from zsplg_ray.settings import WorkError, complain, override
@@ -50,30 +48,6 @@ log = logging.getLogger(__name__)
 DECODE_MEMORY = 256 * 2**20
 """Bytes that a reading task asks of Ray, a photograph several times over. It is also what keeps Ray
 from fusing reading into the actors, whose time is dear: it fuses only what asks for the same."""
-
-
-@contextlib.contextmanager
-def only_run(folder: RunFolder) -> Iterator[None]:
-    """One run at a time on one local folder; the lock goes with the process that holds it."""
-    if not folder.local:
-        yield
-        return
-    path = Path(folder.path)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as e:
-        fix = "wait for the other one, or stop it"
-        raise ValueError(complain("out", "used by one run at a time", folder.uri, fix)) from e
-    try:
-        yield
-    finally:
-        if not (path / "run.json").exists():  # bad input leaves nothing behind
-            (path / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        lock.release()
 
 
 def run_images(
@@ -88,7 +62,7 @@ def run_images(
     Args:
         config: Resolved; paths in it hold on every node.
         task: What is done to an image.
-        folder: Where; to be held by `only_run`.
+        folder: Where; to be held by `lock.only_run`.
         manifest: `sources.MANIFEST`, and columns that the task wants of `decode.DECODED`.
         run: The content of run.json, changed in place.
 
@@ -98,8 +72,8 @@ def run_images(
         WorkError: The work failed; what is finished is kept.
     """
     refuse_other_run(folder, run)
-    found = folder.repair(task.verb)
-    todo = folder.anti_join(manifest, found.done)
+    found = repair(folder, task.verb)
+    todo = anti_join(manifest, found.done)
     progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
     job = Job(config, task, folder, part_meta(run), run["weights"])
     old = folder.read_run() or {}
@@ -133,7 +107,7 @@ def _work(
                 plan = _plan(job.config)
                 job.folder.write_run(run)
                 tracker.start(run, numbers)
-                job.folder.forget_errors(set(todo["image_id"].to_pylist()))
+                forget_errors(job.folder, set(todo["image_id"].to_pylist()))
                 _do_blocks(job, todo, plan, progress)
         state = "complete"
     except KeyboardInterrupt:
@@ -171,7 +145,7 @@ def _settle(
     """
     folder = job.folder
     try:
-        after = folder.repair(job.task.verb)
+        after = repair(folder, job.task.verb)
         for name in after.unlabelled:
             job.task.mend(folder, name, job.meta)
         run["counts"] = {

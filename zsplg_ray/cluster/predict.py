@@ -20,8 +20,9 @@ import pyarrow as pa
 
 from zsplg_ray.cluster.actor import Row, Worker
 from zsplg_ray.cluster.fused import ZeroShotRun
+from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import labels_row
-from zsplg_ray.cluster.pipeline import only_run, run_images
+from zsplg_ray.cluster.pipeline import run_images
 from zsplg_ray.config import PredictConfig, UnimatchConfig
 from zsplg_ray.label.compose import Composed
 from zsplg_ray.label.labeler import free_memory, is_broken_device, is_out_of_memory

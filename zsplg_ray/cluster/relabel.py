@@ -17,12 +17,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import relabel_part
-from zsplg_ray.cluster.pipeline import only_run
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import last_line, quiet_ray_data, ray_session
 from zsplg_ray.cluster.track.run import RunTracker
 from zsplg_ray.config import ClipConfig, RelabelConfig
+from zsplg_ray.exactly_once import repair
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.labeler import Naming
@@ -55,7 +56,7 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
     folder.label_settings()  # says so if there is no run
     with only_run(folder):
         run, naming = _prepare(folder, config)
-        found = folder.repair()
+        found = repair(folder)
         counts = {"images": len(found.done) + len(found.failed), **run.get("counts", {})}
         counts |= {"labelled": len(found.done), "quarantined": len(found.failed)}
         run["counts"] = counts

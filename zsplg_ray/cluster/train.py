@@ -40,7 +40,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
-from zsplg_ray.cluster.pipeline import only_run
+from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.train import Tracker, send_finished

@@ -10,6 +10,7 @@ from zsplg_ray.cluster.tune import region_cache
 from zsplg_ray.cluster.tune.candidates import Images
 from zsplg_ray.cluster.tune.region_cache import judge_part
 from zsplg_ray.config import ComposeConfig
+from zsplg_ray.exactly_once import repair
 from zsplg_ray.label.compose import compose
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.label.sweep import Sweep
@@ -166,7 +167,7 @@ def test_masks_that_do_not_fit_are_named(world, mask, message):
 
 def test_the_cache_does_not_disturb_the_run(world):
     world.judged()
-    found = world.folder.repair()
+    found = repair(world.folder)
     assert found.done == set(IDS)
     assert len(world.folder.parts("regions")) == 1
 

@@ -14,6 +14,7 @@ from typing import Any
 from zsplg_ray.cluster.relabel import text_encoder
 from zsplg_ray.cluster.tune.region_cache import Judged, read_judged
 from zsplg_ray.config import PromptsConfig
+from zsplg_ray.exactly_once import part_ids
 from zsplg_ray.label.space import TEMPLATES
 from zsplg_ray.label.templates import template_set
 from zsplg_ray.label.textbank import TextBank
@@ -88,7 +89,7 @@ def _open_run(uri: str) -> Candidate:
         raise ValueError(complain("run", "whole", f"{uri}, half relabelled", fix))
     parts: dict[str, list[str]] = {}
     done: set[str] = set()
-    for name, ids in sorted(folder.part_ids("segments").items()):
+    for name, ids in sorted(part_ids(folder, "segments").items()):
         parts[name] = [i for i in ids if i not in done]
         done.update(ids)
     if not done:

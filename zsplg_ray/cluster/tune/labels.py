@@ -29,7 +29,7 @@ import ray
 from ray.exceptions import RayError
 
 from zsplg_ray import __version__
-from zsplg_ray.cluster.pipeline import only_run
+from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.session import last_line, ray_session
 from zsplg_ray.cluster.track.store import PREFIX
 from zsplg_ray.cluster.track.study import StudyTracker

@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 from ray.tune.error import TuneError
 
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
-from zsplg_ray.cluster.pipeline import only_run
+from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.store import OFF, PREFIX
 from zsplg_ray.cluster.track.study import StudyTracker

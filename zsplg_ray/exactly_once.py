@@ -1,0 +1,140 @@
+"""What is done in a run's folder, and the mending of what a crash has left there.
+
+What enters: a run's folder (rundir). What leaves: the ids that are done, the ids that failed, and a
+folder in which every image stands once. The valid Parquet parts are the only record of it:
+
+- the last kind of part that a run writes for an image is its commit: of `label` that is
+  `segments/X.parquet`, written after `labels/X.parquet`; of `predict`, which finds no segments, it
+  is `labels/X.parquet` itself. `repair` removes a labels part without its commit, rows that stand
+  twice, and errors of images done since;
+- only ids are read for it, never segments or labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from zsplg_ray.rundir import COMMITS, KINDS, Kind, RunFolder, Verb
+
+log = logging.getLogger(__name__)
+
+_UNFINISHED = re.compile(r"_.+\.[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What `repair` found."""
+
+    done: set[str]
+    """Ids of the images that are done."""
+    failed: set[str]
+    """Ids of the images that stand in errors/."""
+    unlabelled: list[str]
+    """Parts of segments/ whose labels are to be made."""
+
+
+def repair(folder: RunFolder, verb: Verb = "label") -> Repaired:
+    """Bring the folder to the state where every image stands once, and tell what is there.
+
+    `verb`: whose run it is.
+    """
+    commit = COMMITS[verb]
+    _remove_unfinished(folder)
+    parts = part_ids(folder, commit)
+    labels = part_ids(folder, "labels") if commit != "labels" else {}
+    for name in labels.keys() - parts.keys():
+        folder.delete_part("labels", name)
+    done: set[str] = set()
+    for name in sorted(parts):
+        ids = parts[name]
+        fresh = _first_time(ids, done)
+        if not all(fresh):
+            log.warning("%s holds %d images twice: mended", name, fresh.count(False))
+            if labels.get(name) == ids:
+                _keep_rows(folder, "labels", name, labels, fresh)
+            _keep_rows(folder, commit, name, parts, fresh)
+        if name in labels and labels[name] != parts[name]:
+            folder.delete_part("labels", name)  # half mended before: composed anew from segments
+            del labels[name]
+    failed = _repair_errors(folder, done.__contains__)
+    lost = (name for name in parts if name not in labels and parts[name])
+    return Repaired(done, failed, sorted(lost) if commit != "labels" else [])
+
+
+def forget_errors(folder: RunFolder, image_ids: set[str]) -> None:
+    """Drop the errors rows of images that are about to be tried again."""
+    _repair_errors(folder, image_ids.__contains__)
+
+
+def anti_join(manifest: pa.Table, done: set[str]) -> pa.Table:
+    """The rows of a manifest whose image_id is not in `done`."""
+    missing = [image_id not in done for image_id in manifest["image_id"].to_pylist()]
+    return manifest.filter(pa.array(missing, pa.bool_()))
+
+
+def part_ids(folder: RunFolder, kind: Kind) -> dict[str, list[str]]:
+    """Part name -> image ids, reading the id column only; unreadable parts are removed."""
+
+    def ids(name: str) -> list[str] | None:
+        try:
+            return folder.read_part(kind, name, ["image_id"])["image_id"].to_pylist()
+        except (OSError, pa.ArrowInvalid) as e:
+            torn = isinstance(e, pa.ArrowInvalid) or (folder.local and e.errno is None)
+            if not torn:
+                raise  # the storage failed, not the file
+            log.warning("%s/%s.parquet is not readable (%s): removed", kind, name, e)
+            folder.delete_part(kind, name)
+            return None
+
+    found = folder.map_parts(folder.parts(kind), ids)
+    return {name: ids for name, ids in found.items() if ids is not None}
+
+
+def _remove_unfinished(folder: RunFolder) -> None:
+    """Remove what a killed writer left on a disk; an object store has nothing unfinished."""
+    if not folder.local:
+        return
+    for kind in (".", *KINDS):
+        for left in Path(folder.path, kind).glob("_*"):
+            if _UNFINISHED.fullmatch(left.name):
+                left.unlink(missing_ok=True)
+
+
+def _keep_rows(
+    folder: RunFolder, kind: Kind, name: str, ids: dict[str, list[str]], keep: list[bool]
+) -> None:
+    """Drop rows of a part, in the file and in `ids`."""
+    if any(keep):
+        table = folder.read_part(kind, name).filter(pa.array(keep))
+        folder.write_part(kind, name, table, folder.part_meta(kind, name))
+    else:
+        folder.delete_part(kind, name)
+    ids[name] = [i for i, kept in zip(ids[name], keep, strict=True) if kept]
+
+
+def _repair_errors(folder: RunFolder, drop: Callable[[str], bool]) -> set[str]:
+    """Drop errors rows that `drop` names or that stand twice; the ids that are left."""
+    parts = part_ids(folder, "errors")
+    kept: set[str] = set()
+    for name, ids in parts.items():
+        wanted = [i for i in ids if not drop(i)]
+        first = iter(_first_time(wanted, kept))
+        keep = [not drop(i) and next(first) for i in ids]
+        if not all(keep):
+            _keep_rows(folder, "errors", name, parts, keep)
+    return kept
+
+
+def _first_time(ids: Iterable[str], seen: set[str]) -> list[bool]:
+    """Of each id whether it was not in `seen` yet; all are put there."""
+    fresh = []
+    for image_id in ids:
+        fresh.append(image_id not in seen)
+        seen.add(image_id)
+    return fresh
