@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections import ChainMap
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 import yaml
@@ -115,6 +115,7 @@ def test_every_setting_is_documented_with_its_range(cls, name, hint):
 @pytest.mark.parametrize(("cls", "name", "hint"), [p for p in FIELDS if bounds(p.values[2])])
 def test_ranges_hold_at_their_ends_and_not_beyond(cls, name, hint):
     low, high = bounds(hint)[0].low, bounds(hint)[0].high
+    by_name = get_origin(hint.__origin__) is dict
     whole = float not in get_args(hint.__origin__) and hint.__origin__ is not float
     step = 1 if whole else 1e-6
     cast = int if whole else float
@@ -122,15 +123,18 @@ def test_ranges_hold_at_their_ends_and_not_beyond(cls, name, hint):
     pairs = {"max": {"min": 1}, "max_scale": {"min_scale": low}, "min_scale": {"max_scale": high}}
     others = {**example(cls), **pairs.get(name, {})}
 
-    def set_to(value):
-        return from_mapping(cls, {**others, name: cast(value)})
+    def setting(value):
+        return {"one": cast(value)} if by_name else cast(value)
 
-    assert getattr(set_to(low), name) == low
+    def set_to(value):
+        return from_mapping(cls, {**others, name: setting(value)})
+
+    assert getattr(set_to(low), name) == setting(low)
     with pytest.raises(ValueError, match=rf"^{re.escape(cls.PREFIX + name)} must be "):
         set_to(low - step)
     if high != float("inf"):
         if name != "min":  # more actors than the cluster's share may be asked for
-            assert getattr(set_to(high), name) == high
+            assert getattr(set_to(high), name) == setting(high)
         with pytest.raises(ValueError, match=rf"^{re.escape(cls.PREFIX + name)} must be "):
             set_to(high + max(step, high * step))
 

@@ -183,7 +183,7 @@ class ActorsConfig(Section):
     """Seconds after which finished images are written even if fewer, >= 0."""
     resources: Annotated[dict[str, float], Range(1e-4, 1e6)] = field(default_factory=dict)
     """Custom resources of the nodes that an actor may stand on, amount by name (`label_node
-    0.001`), each in [0.0001, 1000000]; this is how `cluster.yaml` sends it to its own nodes."""
+    0.001`), each in [0.0001, 1e+06]; this is how `cluster.yaml` sends it to its own nodes."""
 
     def extra_checks(self) -> None:
         """At least as many actors may run as must run, on whole GPUs or parts of one."""
@@ -502,7 +502,7 @@ class WorkersConfig(Section):
     """CPUs a worker takes, [0, 1024]. None: an even share of the cluster's, at most 8 with GPU."""
     resources: Annotated[dict[str, float], Range(1e-4, 1e6)] = field(default_factory=dict)
     """Custom resources of the nodes that a worker may stand on, amount by name (`label_node
-    0.001`), each in [0.0001, 1000000]; this is how `cluster.yaml` sends it to its own nodes."""
+    0.001`), each in [0.0001, 1e+06]; this is how `cluster.yaml` sends it to its own nodes."""
     max_failures: Annotated[int, Range(0, 1000)] = 3
     """How often training starts again from its last checkpoint after a worker died, [0, 1000]."""
 
