@@ -1,6 +1,10 @@
-"""Entry point for `ray job submit -- python jobs/label.py --images ... --classes ... --out ...`.
+"""Entry point for Ray's own job submission, with the settings of `zsplg label`:
 
-The same settings as `zsplg label`; the cluster is the one that the job runs on.
+    ray job submit --working-dir . -- python jobs/label.py --images ... --classes ... --out ...
+
+The cluster is the one that the job runs on; its nodes have what zsplg_ray needs. `zsplg submit`
+does the same from any folder, checks the settings first, and gives a job that is stopped time to
+write down what it has (RAY_JOB_STOP_WAIT_TIME_S among its env_vars, else 3 seconds).
 """
 
 import sys

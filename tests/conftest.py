@@ -8,3 +8,5 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["MLFLOW_TRACKING_URI"] = "off"
+
+from tests.s3 import bucket, faulty, module_bucket, s3_server  # noqa: F401 (fixtures)

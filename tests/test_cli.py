@@ -1,7 +1,9 @@
 """The command line: what it makes of argv, and how it fails."""
 
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from zsplg_ray import __version__, cli, config
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import Section, WorkError, flag_names, flatten
+from zsplg_ray.signals import sigterm_kept
 
 LABEL = ["label", "--images", "i", "--classes", "cat,dog", "--out", "o"]
 
@@ -30,7 +33,7 @@ def told(monkeypatch):
     """Verbs that note the config that they are given instead of working."""
     given: list[Section] = []
 
-    def note(made: Section) -> int:
+    def note(made: Section, *more: object) -> int:
         given.append(made)
         return 0
 
@@ -104,6 +107,16 @@ BAD: list[tuple[list[str], str, str]] = [
     ([*LABEL, "--config", "file:///none.yaml"], "config must be a readable", "No such file"),
     ([*LABEL, "--config", "none.yaml"], "config must be a readable YAML file", "No such file"),
     ([*LABEL, "--sam", "a\nb"], "got a\\nb", "choose"),
+    (["submit"], "verb must be given behind --, got nothing", "zsplg submit --address URL -- VERB"),
+    (["submit", "--"], "verb must be given behind --, got nothing", "-- VERB ..."),
+    (["submit", *LABEL], "given behind --, got label --images", "-- VERB ..."),
+    (["submit", "--wait", "--", "lable"], "verb must be one of label, ", "did you mean `label`?"),
+    (["submit", "--", "tune"], "verb must be one of label, ", "did you mean `tune train`?"),
+    (["submit", "--", "submit", "--", *LABEL], "one that runs in a job, got submit", "the work"),
+    (["submit", "--wiat", "--", *LABEL], "--wiat must be a known flag", "did you mean --wait?"),
+    (["submit", "x", "--", *LABEL], "got x", "quote values with blanks"),
+    (["submit", "--", *LABEL[:-2]], "out must be given, got nothing", "add --out"),
+    (["submit", "--", *LABEL, "--sam", "vit_x"], "sam.model must be one of", "did you mean vit_"),
 ]
 
 
@@ -147,6 +160,35 @@ def test_long_and_odd_values_are_shown_as_they_are(capsys):
     assert f"got {odd}; write" in capsys.readouterr().err
 
 
+def test_what_stands_behind_the_dashes_is_the_verbs(told, capsys):
+    parsed = [
+        "submit",
+        "--job-id",
+        "x",
+        "--",
+        *LABEL,
+        "--json",
+        "--prompts.templates",
+        "{class} --",
+    ]
+    assert cli.main(parsed) == 0
+    made = told[0]
+    assert isinstance(made, config.SubmitConfig) and made.job_id == "x" and not made.json
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["submit", "--", "label", "--help"])
+    assert caught.value.code == 0 and "--max-pixels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["label", "tune", "train", "predict"])
+def test_entry_points_of_jobs_are_the_verbs(name, empty_folder):
+    jobs = Path(cli.__file__).parent.parent / "jobs"
+    what = ["labels"] if name == "tune" else []
+    argv = [sys.executable, str(jobs / f"{name}.py"), *what, "--nonsense"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=empty_folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--nonsense must be a known flag" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_a_real_process_exits_with_2_and_no_traceback(empty_folder):
     argv = [sys.executable, "-m", "zsplg_ray.cli", *LABEL, "--sam.points-per-side", "0"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=empty_folder)
@@ -185,6 +227,32 @@ def test_exit_codes_of_work_that_fails(monkeypatch, capsys, raised, code, line):
     assert cli.main(["shapes", "--out", "o"]) == code
     out, err = capsys.readouterr()
     assert err.startswith(line) and len(err.splitlines()) == 1 and out == ""
+
+
+def test_sigterm_ends_work_as_ctrl_c_does(monkeypatch, capsys):
+    def work(given: config.ShapesConfig) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(cli.VERBS, "shapes", (config.ShapesConfig, work, ""))
+    assert cli.main(["shapes", "--out", "o"]) == 130
+    assert "interrupted; what is finished is kept" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_handler_of_sigterm_outlives_what_sets_its_own():
+    def ours(number: int, frame: object) -> None:
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with contextlib.suppress(ValueError), sigterm_kept():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise ValueError
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):

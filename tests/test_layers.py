@@ -18,7 +18,10 @@ MODULES = {
 ABOVE_CLUSTER = {"zsplg_ray.cli", "zsplg_ray.demo"}
 PLAIN = (
     *("settings", "config", "vocab", "records", "rundir", "exactly_once", "runinfo", "storage"),
-    *("sources", "images", "coco", "masks", "metrics"),
+    "filesystems",
+    "part_index",
+    *("sources", "images", "coco", "masks", "metrics", "signals"),
+    *("safe_text", "safe_yaml", "parquet_texts", "part_check"),
 )
 """Modules of the lowest layer."""
 MEASURES = "zsplg_ray.label.stages"

@@ -2,22 +2,32 @@
 
 What enters: argv. What leaves: one call into the room that does the work, its result on stdout, and
 an exit code: 0 done, 1 the work failed, 2 bad input (one line on stderr, nothing written), 130
-interrupted. Flags are read by flags.py. Heavy packages are imported by the verb that needs them.
+interrupted, by Ctrl-C or by SIGTERM, which is how Ray, Slurm and Kubernetes stop a job. Flags are
+read by flags.py. Heavy packages are imported by the verb that needs them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zsplg_ray import __version__, config, flags
+from zsplg_ray.safe_text import MAX_CHARS, SafeFormatter, masked, one_line, shortened
 from zsplg_ray.settings import Section, WorkError, complain, nearest, setting_types
+from zsplg_ray.signals import sigterm_interrupts
+
+if TYPE_CHECKING:
+    from zsplg_ray.cluster.submit.follow import Follower
+    from zsplg_ray.cluster.submit.job import Command, Job
 
 S = TypeVar("S", bound=Section)
+log = logging.getLogger("zsplg_ray.cli")  # also where this file is the main module
 
 
 # The verbs ---------------------------------------------------------------------------------------
@@ -49,6 +59,7 @@ def _tell(run: Mapping[str, Any], folder: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(run))
         return
+    folder = masked(folder)
     counts = run["counts"]
     print(f"{counts['labelled']} images labelled in {folder}")
     if counts["quarantined"]:
@@ -63,7 +74,7 @@ def train(given: config.TrainConfig) -> int:
     from zsplg_ray.cluster.train import train as run_train
 
     run = run_train(given)
-    print(json.dumps(run) if given.json else summary(run, given.out))
+    print(json.dumps(run) if given.json else masked(summary(run, given.out)))
     return 0
 
 
@@ -81,7 +92,7 @@ def tune_train(given: config.TuneTrainConfig) -> int:
     from zsplg_ray.cluster.tune import train as room
 
     study = room.tune_train(given)
-    print(json.dumps(study) if given.json else room.summary(study))
+    print(json.dumps(study) if given.json else masked(room.summary(study)))
     return 0
 
 
@@ -101,6 +112,48 @@ def evaluate(given: config.EvaluateConfig) -> int:
     result = run_evaluate(given)
     print(json.dumps(result) if given.json else table(result))
     return 0
+
+
+def submit(given: config.SubmitConfig, command: Command) -> int:
+    """Run a verb as a job on a cluster; see config.SubmitConfig."""
+    from zsplg_ray.cluster.submit import follow, job
+
+    made = job.submit(given, command)
+    if not given.wait:
+        where = f"\nits result: {made.out}" if made.out else ""
+        about = f"{made.job_id} is a job on {made.address}\n{made.how_to}{where}"
+        print(json.dumps(made.told("SUBMITTED", None)) if given.json else about)
+        return 0
+    log.info("%s is a job on %s; its log:", made.job_id, made.address)
+    show = functools.partial(print, end="", file=sys.stderr if given.json else None, flush=True)
+    follower = follow.Follower(made.client, made.job_id, follow.JobLog(show))
+    try:
+        ended = follower.watch()
+        code = follow.exit_code(ended)
+    except KeyboardInterrupt:
+        return _leave_or_stop(made, follower)
+    if given.json:
+        print(json.dumps(made.told(ended.status.value, code)))
+    if why := follow.why_failed(ended):
+        raise WorkError(why)
+    log.info("%s ended: %s", made.job_id, ended.status.value)
+    return code
+
+
+def _leave_or_stop(made: Job, follower: Follower) -> int:
+    """Ctrl-C while a job is followed: it is stopped if the user says so, else left alone."""
+    told = f"{made.job_id} goes on"
+    with contextlib.suppress(KeyboardInterrupt):  # a second one: no
+        if sys.stdin.isatty():
+            print(f"\nstop {made.job_id}? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() in ("y", "yes"):
+                made.client.stop_job(made.job_id)
+                told = f"{made.job_id} was asked to stop"
+                told = f"{made.job_id} ended: {follower.watch().status.value}"
+                print(told, file=sys.stderr)
+                return 130
+    print(f"{told}\n{made.how_to}", file=sys.stderr)
+    return 130
 
 
 def shapes(given: config.ShapesConfig) -> int:
@@ -125,11 +178,12 @@ def doctor(given: config.DoctorConfig) -> int:
     from zsplg_ray.cluster.doctor import examine, report
 
     findings = examine(given)
-    print(json.dumps(findings) if given.json else report(findings))
+    print(masked(json.dumps(findings) if given.json else report(findings)))
     return int(any(f["state"] == "fail" for f in findings))
 
 
-VERBS: dict[str, tuple[type[Section], Callable[[Any], int], str]] = {
+SUBMIT = "submit"
+VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
     "label": (config.LabelConfig, label, "images -> segments/ and labels/"),
     "relabel": (config.RelabelConfig, relabel, "segments/ -> labels/ again, no SAM, no GPU"),
     "tune labels": (config.TuneLabelsConfig, tune_labels, "a few masks -> thresholds for labels"),
@@ -144,6 +198,7 @@ VERBS: dict[str, tuple[type[Section], Callable[[Any], int], str]] = {
     "shapes": (config.ShapesConfig, shapes, "scenes of the embedded world, VOC layout"),
     "demo": (config.DemoConfig, demo, "the whole pipeline on the embedded world"),
     "doctor": (config.DoctorConfig, doctor, "machine, GPUs, weights, Ray, storage"),
+    SUBMIT: (config.SubmitConfig, submit, "any verb as a job on a Ray cluster"),
 }
 
 EXAMPLES = {
@@ -158,13 +213,19 @@ EXAMPLES = {
     "shapes": "zsplg shapes --n 100 --seed 0 --out scenes/",
     "demo": "zsplg demo --out zsplg_demo/",
     "doctor": "zsplg doctor --sam vit_b",
+    SUBMIT: "zsplg submit --address http://head:8265 --wait -- label --images s3://bucket/photos "
+    "--classes voc --out s3://bucket/run",
 }
 
 
-def parse(cls: type[S], argv: Sequence[str], verb: str) -> S:
-    """The settings of a verb from its flags; see `flags.parse`."""
+def parse(cls: type[S], argv: Sequence[str], verb: str, *, elsewhere: bool = False) -> S:
+    """The settings of a verb from its flags; see `flags.parse`.
+
+    `elsewhere`: it will run on other machines, and only there looks for what a run has stored.
+    """
     theirs = {name for other, _, _ in VERBS.values() for name in setting_types(other)}
-    stored = _settings_of_labels if cls is config.RelabelConfig else _nothing_stored
+    known = cls is config.RelabelConfig and not elsewhere
+    stored = _settings_of_labels if known else _nothing_stored
     example = EXAMPLES.get(verb, "")
     return flags.parse(cls, argv, verb, example=example, theirs=theirs, stored=stored)
 
@@ -208,32 +269,90 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(__version__)
         return 0
-    words = 2 if " ".join(argv[:2]) in VERBS else 1
-    verb, rest = " ".join(argv[:words]), argv[words:]
+    verb = argv[0]
     try:
         _start_log()
-        if verb not in VERBS:
-            near = nearest(" ".join(argv[:2]) if verb == "tune" else verb, VERBS)
-            fix = f"did you mean `{near}`?" if near else "see zsplg --help"
-            raise ValueError(complain("verb", f"one of {', '.join(VERBS)}", verb, fix))
+        verb, rest = _take_verb(argv)
         cls, run, _ = VERBS[verb]
-        return run(parse(cls, rest, verb))
+        with sigterm_interrupts():
+            if verb != SUBMIT:
+                return run(parse(cls, rest, verb))
+            own, inner = _split(rest)
+            return run(_submit_settings(own), _command(inner))
     except ValueError as e:
-        print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
+        print(f"error: {_on_one_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = "goes on from there" if verb != "tune train" else "with --resume goes on"
-        print(f"interrupted; what is finished is kept, the same command {goes_on}", file=sys.stderr)
+        print(f"interrupted; {_AFTER.get(verb, _AGAIN)}", file=sys.stderr)
         return 130
     except (WorkError, OSError) as e:  # OSError: a full disk, a folder that may not be written
-        logging.getLogger(__name__).debug("what failed", exc_info=True)
-        print(f"error: {' '.join(str(e).splitlines())}", file=sys.stderr)
+        log.debug("what failed", exc_info=True)
+        print(f"error: {_on_one_line(e)}", file=sys.stderr)
         return 1
+
+
+_AGAIN = "what is finished is kept, the same command goes on from there"
+_AFTER = {
+    "tune train": "what is finished is kept, the same command with --resume goes on",
+    SUBMIT: "no job was submitted",
+}
+"""What an interrupted verb has left."""
+
+
+def _take_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb that a command line begins with, and the rest. Raises: ValueError."""
+    words = 2 if " ".join(argv[:2]) in VERBS else 1
+    verb, rest = " ".join(argv[:words]), list(argv[words:])
+    if verb not in VERBS:
+        near = nearest(" ".join(argv[:2]) if verb == "tune" else verb, VERBS)
+        fix = f"did you mean `{near}`?" if near else "see zsplg --help"
+        raise ValueError(complain("verb", f"one of {', '.join(VERBS)}", verb, fix))
+    return verb, rest
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of `submit`, and what stands behind `--`. Raises: ValueError if nothing does."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    own, inner = list(argv[:at]), list(argv[at + 1 :])
+    if not inner and not {"-h", "--help"} & set(own):
+        rule, fix = "given behind --", "write zsplg submit --address URL -- VERB ..."
+        raise ValueError(complain("verb", rule, " ".join(own) or "nothing", fix))
+    return own, inner
+
+
+def _submit_settings(argv: Sequence[str]) -> config.SubmitConfig:
+    """The settings of `submit`. Raises: ValueError, which never shows what `env` holds."""
+    try:
+        return parse(config.SubmitConfig, argv, SUBMIT)
+    except ValueError as e:
+        if not str(e).startswith("env "):
+            raise
+    fix = "write --env NAME VALUE [NAME VALUE ...]"
+    raise ValueError(complain("env", "a name and a text for each variable", "other", fix))
+
+
+def _command(argv: Sequence[str]) -> Command:
+    """A verb that will run in a job. Raises: ValueError if something is wrong with its settings."""
+    verb, rest = _take_verb(argv)
+    if verb == SUBMIT:
+        fix = "name the verb that does the work"
+        raise ValueError(complain("verb", "one that runs in a job", SUBMIT, fix))
+    settings = parse(VERBS[verb][0], rest, verb, elsewhere=True)
+    from zsplg_ray.cluster.submit.job import Command
+
+    return Command(verb, rest, settings, flags.value_of(rest, "--config"))
+
+
+def _on_one_line(error: BaseException) -> str:
+    """What an error says, whatever is in the names and addresses that it tells of."""
+    return one_line(masked(shortened(" ".join(str(error).splitlines()), 4 * MAX_CHARS)))
 
 
 def _start_log() -> None:
     """Messages of this project to stderr, from the level in $ZSPLG_LOG on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     level = os.environ.get("ZSPLG_LOG", "INFO").upper()
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     if level not in levels:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_codec
 
+from zsplg_ray.images import MOST_PX
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 from zsplg_ray.vocab import BACKGROUND, ClassList
@@ -38,9 +39,13 @@ def load_coco(place: Place, name: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(place.read())
-    except (ValueError, RecursionError) as error:  # covers broken JSON and broken UTF-8
+    except ValueError as error:  # covers broken JSON and broken UTF-8
         fix = f"mend it ({error})"
         raise ValueError(complain(name, "a COCO file in JSON", place.uri, fix)) from error
+    except RecursionError as error:
+        raise ValueError(
+            complain(name, "a COCO file", place.uri, "it is nested too deeply")
+        ) from error
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list):
         fix = "it needs a list called images"
@@ -48,13 +53,24 @@ def load_coco(place: Place, name: str) -> dict[str, Any]:
     for position, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
             fix = "each image needs a file_name"
-            where = f"images[{position}] = {str(image)[:80]} in {place.uri}"
+            where = f"images[{position}] = {_glimpse(image)} in {place.uri}"
             raise ValueError(complain(name, "a COCO file", where, fix))
     return data
 
 
-_rasterise: Any = rle_codec.frPyObjects
-"""Polygons -> run lengths; its type stubs do not know all that it takes."""
+MAX_OUTLINE_PX = 4_000_000
+"""Length of all polygons of one object: that of a line through every pixel of 2000 x 2000."""
+
+_encode: Any = rle_codec.frPyObjects
+"""Polygons or counts -> compressed run lengths; its type stubs do not know all that it takes."""
+
+
+def _glimpse(value: Any) -> str:
+    """The beginning of what a file holds, for an error."""
+    try:
+        return str(value)[:80]
+    except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 class CocoMasks:
@@ -71,16 +87,17 @@ class CocoMasks:
             owner = {i["id"]: i["file_name"] for i in images}
             if any(min(size_hw) < 1 for size_hw in self._sizes.values()):
                 raise ValueError("an image without pixels")
+            if any(height * width > MOST_PX for height, width in self._sizes.values()):
+                raise ValueError(f"an image of more than {MOST_PX} pixels")
             if not len(self._sizes) == len(owner) == len(images):
                 raise ValueError("two images with the same id or file_name")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise self._error(f"{error!r}", "images and categories need their fields") from error
         things = {k: n for k, n in named.items() if n.casefold() != BACKGROUND}
         self.classes = ClassList.of(things.values())
         self._index = dict.fromkeys(named, 0) | {k: i for i, k in enumerate(things, start=1)}
         self._annotations: dict[str, list[Mapping[str, Any]]] = {n: [] for n in self._sizes}
         for annotation in self._list(data, "annotations"):
-            where = f"annotation {str(annotation)[:80]}"
             try:
                 known = (
                     annotation["category_id"] in named and annotation["segmentation"] is not None
@@ -88,8 +105,9 @@ class CocoMasks:
                 self._annotations[owner[annotation["image_id"]]].append(annotation)
             except (KeyError, TypeError) as error:
                 fix = "it needs a segmentation, a category_id, and the image_id of an image"
-                raise self._error(where, fix) from error
+                raise self._error(f"annotation {_glimpse(annotation)}", fix) from error
             if not known:
+                where = f"annotation {_glimpse(annotation)}"
                 raise self._error(where, "it needs a segmentation and the id of a category")
 
     @property
@@ -102,16 +120,16 @@ class CocoMasks:
         size_hw = self._sizes[file_name]
         layers = []
         for annotation in self._annotations[file_name]:
-            mask_HW = self._mask(annotation, size_hw)
+            rle = self._rle(annotation, size_hw)
             index = self._index[annotation["category_id"]]
-            layers.append((not annotation.get("iscrowd"), -int(mask_HW.sum()), index, mask_HW))
+            layers.append((not annotation.get("iscrowd"), -int(rle_codec.area(rle)), index, rle))
         label_HW = np.zeros(size_hw, dtype=np.uint8)
-        for _, _, index, mask_HW in sorted(layers, key=lambda layer: layer[:2]):
-            label_HW[mask_HW] = index
+        for _, _, index, rle in sorted(layers, key=lambda layer: layer[:2]):
+            label_HW[rle_codec.decode(rle).view(np.bool_)] = index  # one dense mask at a time
         return label_HW
 
-    def _mask(self, annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> np.ndarray:
-        """The bool [H, W] mask of one annotation."""
+    def _rle(self, annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> Any:
+        """The mask of one annotation as pycocotools' compressed run lengths."""
         outline = annotation["segmentation"]
         where = f"annotation {annotation.get('id')}"
         if isinstance(outline, list):
@@ -127,16 +145,17 @@ class CocoMasks:
         try:
             lengths = counts if isinstance(counts, list) else _run_lengths(counts)
             # Checked here, for pycocotools fills missing runs with whatever is in memory.
+            if not all(type(length) is int for length in lengths):
+                raise ValueError("its counts are whole numbers")
             if min(lengths, default=0) < 0 or sum(lengths) != size_hw[0] * size_hw[1]:
                 raise ValueError("its counts do not add up to the image's size")
-            inside = np.arange(len(lengths)) % 2 == 1
-            return np.repeat(inside, lengths).reshape(size_hw[::-1]).T
+            return _encode({"size": list(size_hw), "counts": lengths}, *size_hw)
         except (IndexError, TypeError, ValueError, OverflowError) as error:
             raise self._error(where, f"mend its run length ({error})") from error
 
-    def _polygons(self, outline: list[Any], size_hw: tuple[int, int], where: str) -> np.ndarray:
-        """The bool [H, W] union of polygons, each x1, y1, x2, y2, ... in pixels."""
-        mask_HW = np.zeros(size_hw, dtype=bool)
+    def _polygons(self, outline: list[Any], size_hw: tuple[int, int], where: str) -> Any:
+        """The union of polygons, each x1, y1, x2, y2, ... in pixels, as run lengths."""
+        polygons, around_px = [], 0.0
         for polygon in outline:
             try:
                 point_P2 = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
@@ -144,10 +163,18 @@ class CocoMasks:
                 raise self._error(where, "a polygon is x1, y1, x2, y2, ...") from error
             if not np.isfinite(point_P2).all():
                 raise self._error(where, "a polygon's points are finite numbers")
+            with np.errstate(over="ignore"):
+                around_px += float(np.abs(point_P2 - np.roll(point_P2, 1, axis=0)).sum())
+                around_px += float(np.abs(point_P2[:1]).sum())  # how far away it begins
+            if not around_px <= MAX_OUTLINE_PX:  # pycocotools keeps memory for each pixel of it
+                fix = f"polygons of one object are at most {MAX_OUTLINE_PX} pixels long"
+                raise self._error(where, fix)
             if len(point_P2) >= 3:  # fewer points enclose nothing
-                rle = _rasterise([point_P2.ravel().tolist()], *size_hw)
-                mask_HW |= rle_codec.decode(rle_codec.merge(rle)).astype(bool)
-        return mask_HW
+                polygons.append(point_P2.ravel().tolist())
+        if not polygons:
+            n_px = size_hw[0] * size_hw[1]
+            return _encode({"size": list(size_hw), "counts": [n_px]}, *size_hw)
+        return rle_codec.merge(_encode(polygons, *size_hw))
 
     def _list(self, data: Mapping[str, Any], key: str) -> list[Any]:
         """A list that a file with masks has to have."""
@@ -175,6 +202,8 @@ def _run_lengths(text: str) -> list[int]:
         group = ord(char) - 48
         if not 0 <= group < 64:
             raise ValueError(f"{char!r} is not part of one")
+        if shift > 45:
+            raise ValueError("a count of more than 50 bits")
         value |= (group & 31) << shift
         shift += 5
         if group & 32:

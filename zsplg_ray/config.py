@@ -170,7 +170,8 @@ class ActorsConfig(Section):
     min: Annotated[int, Range(1, 100_000)] = 1
     """Actors that are always up, [1, 100000]."""
     max: Annotated[int | None, Range(1, 100_000)] = None
-    """Most actors, [1, 100000]. None: one for each GPU that the cluster has now, at least min."""
+    """Most actors, [1, 100000]. None: one for each GPU that the cluster has or, where that can be
+    learnt, may come to have, at least min."""
     gpus: Annotated[float | None, Range(0, 64)] = None
     """GPUs an actor takes, [0, 64]; 0.5 puts two on one. None: 1 where there are GPUs, else 0."""
     cpus: Annotated[float | None, Range(0, 1024)] = None
@@ -269,8 +270,8 @@ class LabelConfig(Section):
     """The run's folder (made if missing), a path or URI."""
     root: str | None = None
     """Folder that the paths of a split file or COCO json start from."""
-    max_pixels: Annotated[int, Range(1)] = 200_000_000
-    """Images of more pixels go to errors/, >= 1: a guard against decompression bombs."""
+    max_pixels: Annotated[int, Range(1, 500_000_000)] = 200_000_000
+    """Images of more pixels go to errors/, [1, 5e+08]: a guard against decompression bombs."""
     max_errors: Annotated[int | None, Range(0)] = None
     """The run stops with exit 1 once more images than this have failed, >= 0. None: never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -492,7 +493,7 @@ class WorkersConfig(Section):
     PREFIX: ClassVar[str] = "workers."
 
     num: Annotated[int | None, Range(1, 4096)] = None
-    """Workers, [1, 4096]. None: one for each GPU that the cluster has now, else one."""
+    """Workers, [1, 4096]. None: one for each GPU that is up now, else one."""
     min: Annotated[int | None, Range(1, 4096)] = None
     """Go on with as few as this many when nodes are lost, and with more when they come back,
     [1, 4096]. None: always `num`."""
@@ -501,7 +502,7 @@ class WorkersConfig(Section):
     cpus: Annotated[float | None, Range(0, 1024)] = None
     """CPUs a worker takes, [0, 1024]. None: an even share of the cluster's, at most 8 with GPU."""
     resources: Annotated[dict[str, float], Range(1e-4, 1e6)] = field(default_factory=dict)
-    """Custom resources of the nodes that a worker may stand on, amount by name (`label_node
+    """Custom resources of the nodes that a worker may stand on, amount by name (`train_node
     0.001`), each in [0.0001, 1e+06]; this is how `cluster.yaml` sends it to its own nodes."""
     max_failures: Annotated[int, Range(0, 1000)] = 3
     """How often training starts again from its last checkpoint after a worker died, [0, 1000]."""
@@ -678,8 +679,8 @@ class PredictConfig(Section):
     """Images with a longer side are seen smaller, pixels in [32, 65536]; labels have full size."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the model."""
-    max_pixels: Annotated[int, Range(1)] = 200_000_000
-    """Images of more pixels go to errors/, >= 1: a guard against decompression bombs."""
+    max_pixels: Annotated[int, Range(1, 500_000_000)] = 200_000_000
+    """Images of more pixels go to errors/, [1, 5e+08]: a guard against decompression bombs."""
     max_errors: Annotated[int | None, Range(0)] = None
     """The run stops with exit 1 once more images than this have failed, >= 0. None: never."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -775,8 +776,8 @@ class SubmitConfig(Section):
     on the command line): no folder."""
     exclude: tuple[str, ...] = ()
     """Further files of the working directory that stay here, patterns as in .gitignore."""
-    max_working_dir_mib: Annotated[float, Range(0.1, 500)] = 50.0
-    """Most that the copy may hold, MiB in [0.1, 500]; Ray takes 500 at most, packed."""
+    max_working_dir_mib: Annotated[float, Range(0.1, 100)] = 50.0
+    """Most that the copy may hold, MiB in [0.1, 100]; a cluster takes 100 at most, packed."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job, such as MLFLOW_TRACKING_URI or AWS_REGION."""
     job_id: str | None = None

@@ -37,6 +37,13 @@ IMAGE_SUFFIXES = (
 MAX_PX = 200_000_000
 """Images of more pixels are refused unless told otherwise: 600 MB as RGB."""
 
+MOST_PX = 500_000_000
+"""Nothing of more pixels is made, whatever a setting allows or a file claims."""
+
+MAX_SCANS = 100
+"""A JPEG of more scans is refused: each goes over all pixels, and a scan needs few bytes. Encoders
+write up to some ten."""
+
 _ORIENTATION_TAG = 0x0112
 
 
@@ -49,7 +56,8 @@ def decode_image(data: bytes, *, max_px: int = MAX_PX) -> np.ndarray:
 
     Args:
         data: the bytes of the file.
-        max_px: the most pixels; checked against the header, before anything is decoded.
+        max_px: the most pixels, never more than `MOST_PX`; checked against the header, before
+            anything is decoded.
 
     Raises:
         ImageError: the bytes are empty, cut short, no image, or of too many pixels.
@@ -105,10 +113,14 @@ def _opened(data: bytes, max_px: int, name: str = "image") -> Iterator[Image.Ima
     try:
         with _own_pixel_bound(), Image.open(io.BytesIO(data), formats=_formats()) as image:
             width, height = image.size
+            max_px = min(max_px, MOST_PX)
             if width * height > max_px:
                 shown = f"{width} x {height} = {width * height} px"
                 fix = "scale it down or drop it"
                 raise ImageError(complain(name, f"of at most {max_px} px", shown, fix))
+            if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+                fix = "save it again or drop it"
+                raise ImageError(complain(name, f"of at most {MAX_SCANS} scans", scans, fix))
             yield image
     except (ImageError, MemoryError):
         raise

@@ -13,16 +13,14 @@ Shapes: H, W pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from zsplg_ray.coco import CocoMasks
 from zsplg_ray.images import decode_indices
+from zsplg_ray.parquet_texts import MAX_ID_CHARS, metadata, opened, texts
 from zsplg_ray.rundir import META
 from zsplg_ray.settings import complain
 from zsplg_ray.sources import PARQUET_SUFFIXES, image_key, read_split
@@ -140,17 +138,13 @@ def _parquet(places: Iterable[Place], src: str) -> Truth:
     pairs: list[tuple[str, str]] = []
     classes = None
     for place in places:
-        try:
-            with place.open() as source, pq.ParquetFile(source) as file:
-                names = file.schema_arrow.names
-                if not {"image_id", "label_png"} <= set(names):
-                    fix = f"its columns are {', '.join(names)}"
-                    raise _error("Parquet with image_id and label_png", place.uri, fix)
-                ids = file.read(columns=["image_id"])["image_id"].to_pylist()
-                meta = json.loads((file.schema_arrow.metadata or {}).get(META, b"{}"))
-        except (pa.ArrowException, json.JSONDecodeError) as error:
-            fix = f"write it again ({' '.join(str(error).split())})"
-            raise _error("readable Parquet", place.uri, fix) from error
+        with opened(place, "truth") as file:
+            names = file.schema_arrow.names
+            if not {"image_id", "label_png"} <= set(names):
+                fix = f"its columns are {', '.join(names)}"
+                raise _error("Parquet with image_id and label_png", place.uri, fix)
+            ids = texts(file, "image_id", MAX_ID_CHARS, unique=True)
+            meta = metadata(file, META)
         pairs += zip(ids, cell_uris(place, "label_png", len(ids)), strict=True)
         if classes is None and "classes" in meta:
             classes = ClassList.from_dict(meta["classes"])

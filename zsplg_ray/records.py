@@ -8,13 +8,12 @@ another, and by pandas, DuckDB or Spark, without this project.
 from __future__ import annotations
 
 import io
-import sys
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from zsplg_ray.images import decode_indices
+from zsplg_ray.images import MOST_PX, decode_indices
 
 IGNORE = 255
 """Class index of a pixel that has no label."""
@@ -69,9 +68,9 @@ def encode_png(map_HW: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(data: bytes) -> np.ndarray:
-    """The uint8 [H, W] map of `encode_png`. Raises: ValueError if it is not such a PNG."""
-    return decode_indices(data, name="label_png", max_px=sys.maxsize)  # whoever made it decided
+def decode_png(data: bytes | None) -> np.ndarray:
+    """The uint8 [H, W] map of `encode_png`. Raises: ValueError if it is none, or nothing."""
+    return decode_indices(data or b"", name="label_png", max_px=MOST_PX)
 
 
 def encode_score(score_HW: np.ndarray) -> bytes:

@@ -3,7 +3,7 @@
 What enters: Arrow tables of one schema of records.py each. What leaves: parts, and what stands in
 them. What makes labelling exactly-once (see exactly_once) rests on this:
 
-- a part appears whole or not at all (written under a hidden name and renamed, or put in one go on
+- a part appears whole or not at all (written under a hidden name and renamed, or put in one go in
   an object store), and names starting with `_` or `.` are skipped by every Parquet reader;
 - a part is named after its ids, so that a task run twice writes the same file twice.
 
@@ -21,14 +21,18 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from zsplg_ray.filesystems import Store
+from zsplg_ray.part_check import check_columns
+from zsplg_ray.safe_text import without_credentials
 from zsplg_ray.settings import complain
 from zsplg_ray.sources import image_key
+from zsplg_ray.storage import Place
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,12 @@ COMMITS: dict[Verb, Kind] = {"label": "segments", "predict": "labels"}
 """Which kind of part says that an image is done, by the verb that makes the run."""
 META = b"zsplg_ray"
 _PART = re.compile(r"(part-[0-9a-f]{20})\.parquet")
+_RECORDED: dict[str, type] = {
+    **dict.fromkeys(("config", "resolved", "classes", "weights", "data", "schedule"), dict),
+    **dict.fromkeys(("history", "trials"), list),
+    "verb": str,
+}
+"""Of what kind entries of records are, as far as all that read them rest on it."""
 T = TypeVar("T")
 
 
@@ -51,36 +61,50 @@ def part_name(image_ids: Iterable[str]) -> str:
     return f"part-{digest.hexdigest()[:20]}"
 
 
-class RunFolder:
-    """One run's folder on a local disk or any pyarrow file system; cheap to make and to pickle."""
+class Guard(Protocol):
+    """What stands before a folder that several runs may want."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        if "://" in uri:
-            try:
-                self.fs, self.path = pafs.FileSystem.from_uri(uri)
-            except (ValueError, pa.ArrowException) as e:
-                fix = f"use a folder or an s3://, gs:// address ({e})"
-                raise ValueError(complain("out", "a folder or URI", uri, fix)) from e
-        else:
-            path = Path(uri).expanduser() if uri.startswith("~/") else Path(uri)
-            self.fs, self.path = pafs.LocalFileSystem(), str(path.absolute())
-        self.path = self.path.rstrip("/") or "/"
+    def check(self) -> None:
+        """Return if the folder is still ours. Raises: WorkError if it is not."""
+        ...
+
+
+class RunFolder:
+    """One run's folder on a local disk or any pyarrow file system; cheap to make and to pickle.
+
+    Args:
+        uri: Its path or address.
+        guard: Asked before anything is written or removed, here and in copies in other processes.
+    """
+
+    def __init__(self, uri: str, guard: Guard | None = None) -> None:
+        self.uri, self.guard = uri, guard
+        self.fs, path = Place.parse(uri).opened()
+        self.path = path.rstrip("/") or "/"
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    @property
+    def plain_fs(self) -> pafs.FileSystem:
+        """The same as a file system of pyarrow's own, which tries for 6 s at most."""
+        return self.fs.plain if isinstance(self.fs, Store) else self.fs
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Absolute: another process may have another working directory.
-        return RunFolder, (self.path if "://" not in self.uri else self.uri,)
+        return RunFolder, (self.path if "://" not in self.uri else self.uri, self.guard)
 
     # One file --------------------------------------------------------------------------------
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Put a file into the folder; it appears whole or not at all."""
+        """Put a file into the folder; it appears whole or not at all.
+
+        Raises: WorkError if the folder is another run's by now.
+        """
+        if self.guard is not None:
+            self.guard.check()
         target = f"{self.path}/{name}"
         parent, _, base = target.rpartition("/")
-        if not self.local:
-            with self.fs.open_output_stream(target) as stream:
-                stream.write(data)
+        if isinstance(self.fs, Store):
+            self.fs.put(target, data)
             return
         hidden = f"{parent}/_{base}.{uuid.uuid4().hex}"
         self.fs.create_dir(parent, recursive=True)
@@ -90,8 +114,10 @@ class RunFolder:
                 stream.flush()
                 os.fsync(stream.fileno())  # else a power cut may leave a whole name and no content
             Path(hidden).replace(target)
-        except BaseException:
+        except BaseException as e:
             Path(hidden).unlink(missing_ok=True)
+            if isinstance(e, OSError) and e.filename is None:
+                e.filename = target  # a full disk does not say what it had no room for
             raise
 
     def read_bytes(self, name: str) -> bytes | None:
@@ -121,10 +147,14 @@ class RunFolder:
         where = f"{self.uri}/{name}"
         try:
             run = json.loads(data)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(complain(name, "valid JSON", where, fix)) from e
         if not isinstance(run, dict) or not all(key in run for key in keys):
             raise ValueError(complain(name, f"a run's, with {', '.join(keys)}", where, fix))
+        for key, kind in _RECORDED.items():
+            if not isinstance(run.get(key, kind()), kind):
+                shown = f"{type(run[key]).__name__} in {where}"
+                raise ValueError(complain(f"{key} in {name}", f"a {kind.__name__}", shown, fix))
         return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
@@ -151,12 +181,20 @@ class RunFolder:
 
     def parts(self, kind: Kind) -> list[str]:
         """Names of the parts of one kind, sorted; other files in the folder are left alone."""
-        selector = pafs.FileSelector(f"{self.path}/{kind}", allow_not_found=True)
-        names = (_PART.fullmatch(i.base_name) for i in self.fs.get_file_info(selector) if i.is_file)
-        return sorted(name.group(1) for name in names if name)
+        return sorted(self.listing(kind))
 
-    def write_part(self, kind: Kind, name: str, table: pa.Table, meta: Mapping[str, Any]) -> None:
-        """Write one part; `meta` (fingerprints, class list) goes into its schema metadata."""
+    def listing(self, kind: Kind) -> dict[str, Stamp]:
+        """Name -> stamp of the parts of one kind; no part is opened for it."""
+        selector = pafs.FileSelector(f"{self.path}/{kind}", allow_not_found=True)
+        files = (i for i in self.fs.get_file_info(selector) if i.is_file)
+        named = ((_PART.fullmatch(i.base_name), i) for i in files)
+        return {name.group(1): Stamp(i.size, i.mtime_ns) for name, i in named if name}
+
+    def write_part(self, kind: Kind, name: str, table: pa.Table, meta: Mapping[str, Any]) -> int:
+        """Write one part; `meta` (fingerprints, class list) goes into its schema metadata.
+
+        Returns the file's bytes.
+        """
         text = json.dumps(meta, ensure_ascii=False).encode()
         sink = pa.BufferOutputStream()
         pq.write_table(
@@ -165,12 +203,24 @@ class RunFolder:
             compression="zstd",
             use_dictionary=False,
         )
-        self.write_bytes(f"{kind}/{name}.parquet", sink.getvalue())
+        data = sink.getvalue()
+        self.write_bytes(f"{kind}/{name}.parquet", data)
+        return data.size
 
     def read_part(self, kind: Kind, name: str, columns: list[str] | None = None) -> pa.Table:
-        """One part as a table. Raises: OSError, pa.ArrowException if it cannot be read."""
+        """One part as a table.
+
+        Raises: OSError, pa.ArrowException if it cannot be read; ValueError if no run wrote it.
+        """
+        where = f"{self.uri}/{kind}/{name}.parquet"
         with self.fs.open_input_file(f"{self.path}/{kind}/{name}.parquet") as stream:
-            return pq.read_table(stream, columns=columns)
+            try:
+                table = pq.read_table(stream, columns=columns)
+            except pa.ArrowInvalid:  # torn, or whole but without such columns
+                check_columns(pq.read_schema(stream).empty_table(), columns, where)
+                raise
+        check_columns(table, columns, where)
+        return table
 
     def read(self, kind: Kind, columns: list[str] | None = None) -> pa.Table | None:
         """All parts of one kind as one table, or None if there are none."""
@@ -187,7 +237,8 @@ class RunFolder:
         rows = self.map_parts(parts, lambda n: self.read_part("labels", n, columns).to_pydict())
         for name, part in rows.items():
             for row, (image_id, uri) in enumerate(zip(*(part[c] for c in columns), strict=True)):
-                found.by_uri.setdefault(uri, (name, row))
+                if uri is not None:
+                    found.by_uri.setdefault(without_credentials(uri), (name, row))
                 found.by_key.setdefault(image_key(image_id), (name, row))
         return found
 
@@ -195,10 +246,22 @@ class RunFolder:
         """The metadata that `write_part` was given."""
         with self.fs.open_input_file(f"{self.path}/{kind}/{name}.parquet") as stream:
             metadata = pq.read_schema(stream).metadata or {}
-        return json.loads(metadata.get(META, b"{}"))
+        try:
+            meta = json.loads(metadata.get(META, b"{}"))
+        except (ValueError, RecursionError):
+            meta = None
+        if not isinstance(meta, dict):
+            where, fix = (
+                f"{self.uri}/{kind}/{name}.parquet",
+                "no run has written that: take it away",
+            )
+            raise ValueError(complain("metadata of a part", "a JSON mapping", where, fix))
+        return meta
 
     def delete_part(self, kind: Kind, name: str) -> None:
         """Remove one part; no error if it is gone already."""
+        if self.guard is not None:
+            self.guard.check()
         try:
             self.fs.delete_file(f"{self.path}/{kind}/{name}.parquet")
         except FileNotFoundError:
@@ -215,6 +278,15 @@ def made_by(run: Mapping[str, Any]) -> Verb:
     return run.get("verb", "label")
 
 
+class Stamp(NamedTuple):
+    """What a listing tells of a file: another stamp means another content."""
+
+    size: int
+    """Bytes."""
+    mtime_ns: int | None
+    """Time of the last change, by the storage's clock; None where it tells none."""
+
+
 class LabelPlaces(NamedTuple):
     """Part and row of labels, by the image's address and by its id without suffix."""
 
@@ -225,4 +297,5 @@ class LabelPlaces(NamedTuple):
         """Where an image's label is: by its address, else by its id, for sources are listed in
         more than one way.
         """
-        return self.by_uri.get(uri or "") or self.by_key.get(image_key(image_id))
+        address = without_credentials(uri or "")  # as it is stored
+        return self.by_uri.get(address) or self.by_key.get(image_key(image_id))

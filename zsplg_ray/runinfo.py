@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from zsplg_ray import __version__
 from zsplg_ray.config import LabelConfig, PredictConfig, RelabelConfig
 from zsplg_ray.rundir import COMMITS, RunFolder, made_by
+from zsplg_ray.safe_text import masked, public_values
 from zsplg_ray.settings import Section, complain, fingerprint, flatten
 from zsplg_ray.vocab import ClassList
 
@@ -77,7 +77,7 @@ def describe_prediction(
     """
     run: dict[str, Any] = {"verb": "predict"}
     run |= _described(config, resolved, classes, weights, PREDICT_PACKAGES)
-    run["zeroshot"] = dict(zeroshot) if zeroshot else None
+    run["zeroshot"] = public_values(dict(zeroshot)) if zeroshot else None
     run["fingerprint"] = fingerprint(
         {k: run["resolved"][k] for k in OF_PREDICTIONS} | run["weights"]
     )
@@ -111,14 +111,11 @@ def _described(
 def recorded(config: Section) -> dict[str, Any]:
     """Every setting by its dotted name, as a record holds them: without credentials."""
     flat = flatten(config)
-    if isinstance(uri := flat.get("mlflow.uri"), str):
-        flat["mlflow.uri"] = masked(uri)
+    uri = flat.get("mlflow.uri")
+    flat = {name: public_values(value) for name, value in flat.items()}
+    if isinstance(uri, str):
+        flat["mlflow.uri"] = masked(uri)  # nobody opens it from here
     return flat
-
-
-def masked(text: str) -> str:
-    """A text without the credentials in its addresses: http://***@host for http://me:word@host."""
-    return re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
 
 
 def with_fingerprints(run: dict[str, Any]) -> dict[str, Any]:
@@ -240,10 +237,10 @@ def relabelled(
     changed = ("prompts.", "compose.")
     new = {**run, "labels_state": "relabelling", "classes": classes.to_dict()}
     for key, config in (("config", given), ("resolved", resolved)):
-        values = {k: v for k, v in flatten(config).items() if k.startswith(changed)}
+        values = {k: v for k, v in recorded(config).items() if k.startswith(changed)}
         new[key] = {**run[key], **values}
         if given.classes is not None:
-            new[key]["classes"] = given.classes
+            new[key]["classes"] = public_values(given.classes)
     new = with_fingerprints(new)
     if new["labels_fingerprint"] != run["labels_fingerprint"]:
         new.pop("mlflow", None)

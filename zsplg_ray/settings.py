@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -19,21 +20,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import yaml
 from tyro.conf import Positional
+from yaml import YAMLError
+
+from zsplg_ray.safe_text import masked, one_line, shortened
+from zsplg_ray.safe_yaml import MAX_BYTES, load_yaml
 
 S = TypeVar("S", bound="Section")
 
 
 class WorkError(RuntimeError):
-    """The input was good but the work failed; the command line exits with 1 and this message."""
+    """The input was good but the work failed; the command line exits with 1 and this message,
+    which is one line without credentials."""
+
+    def __str__(self) -> str:
+        return one_line(masked(super().__str__()))
 
 
 def complain(name: str, rule: str, value: object, fix: str) -> str:
-    """The project's one form of an error: `NAME must be RULE, got VALUE; FIX`, on one line."""
-    shown = value if isinstance(value, str) else repr(value)
-    text = f"{name} must be {rule}, got {shown or repr('')}; {fix}"
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    """The project's one form of an error: `NAME must be RULE, got VALUE; FIX`.
+
+    One line of bounded length, without credentials, whatever the value is.
+    """
+    try:
+        shown = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or a bottomless list
+        shown = f"a {type(value).__name__} too large to be shown"
+    rule, shown, fix = map(shortened, (rule, shown or repr(""), fix))
+    return one_line(masked(f"{name} must be {rule}, got {shown}; {fix}"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Range:
             return all(self.holds(v) for v in value.values())
         return value is None or (
             isinstance(value, int | float)
-            and math.isfinite(value)
+            and (isinstance(value, int) or math.isfinite(value))  # an int may exceed any float
             and self.low <= value <= self.high
         )
 
@@ -127,20 +141,30 @@ def read_yaml(path: str, read: Callable[[str], bytes] | None = None) -> dict[str
     `read`: what reads it; None: from this machine's disk.
     """
     try:
-        data = read(path) if read is not None else Path(path).read_bytes()
-        loaded = yaml.safe_load(data.decode())
+        data = read(path) if read is not None else _beginning(path)
+        loaded = load_yaml(data)
     except OSError as e:
         reason = e.strerror or str(e)
         raise ValueError(complain("config", "a readable YAML file", path, reason)) from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (YAMLError, ValueError) as e:
         where = getattr(e, "problem_mark", None)
+        problem = getattr(e, "problem", None)
         fix = f"mend line {where.line + 1}" if where else "write it as UTF-8 YAML"
+        fix += f" ({problem})" if problem else ""
         raise ValueError(complain("config", "valid YAML", path, fix)) from e
     if loaded is None:
         return {}
     if not isinstance(loaded, dict) or not all(isinstance(k, str) for k in loaded):
         raise ValueError(complain("config", "a mapping of settings", path, "write `name: value`"))
     return loaded
+
+
+def _beginning(path: str) -> bytes:
+    """A file's bytes, or so many of them that it is refused: it may have no end."""
+    if not Path(path).is_file() and Path(path).exists():
+        raise OSError(errno.EINVAL, "give a file", path)
+    with Path(path).open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
@@ -181,6 +205,8 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys become nested mappings; beside those `sam: vit_b` is `sam: {model: vit_b}`."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise ValueError(complain("config", "settings by name", key, "write names as texts"))
         head, dot, tail = key.partition(".")
         if dot:
             value = {tail: value}
@@ -251,7 +277,7 @@ def _coerce(hint: Any, value: Any) -> Any:
         return None
     if isinstance(value, str) and float in options:
         with contextlib.suppress(ValueError):
-            return float(value)
+            return float(value)  # of a text never an OverflowError: it becomes infinity
     return _as_floats(options, value)
 
 
@@ -264,7 +290,8 @@ def _as_floats(options: tuple[Any, ...], value: Any) -> Any:
     if isinstance(value, dict) and dict[str, float] in options:
         return {k: _as_floats((float,), v) for k, v in value.items()}
     if isinstance(value, int) and not isinstance(value, bool) and int not in options:
-        return float(value) if float in options else value
+        with contextlib.suppress(OverflowError):  # its range will refuse it
+            return float(value) if float in options else value
     return value
 
 

@@ -7,6 +7,10 @@ folder, each on this machine or in an object store. Leaves: a table of `image_id
 Why this way: listing is cheap and reading is spread over workers, so the table holds no bytes.
 Images that lie in a Parquet column get a uri by row instead. An id is what stays the same when the
 data moves: the path relative to the source, or the id that the data set gives.
+
+What lists images (a split file, COCO JSON, Parquet) may name any file that its reader may read,
+absolute paths and addresses too: it is as good as the list of paths that somebody types. An id
+never becomes the name of a file that is written.
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ import re
 from itertools import pairwise
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from zsplg_ray.coco import load_coco
 from zsplg_ray.images import IMAGE_SUFFIXES
+from zsplg_ray.parquet_texts import MAX_ID_CHARS, MAX_URI_CHARS, opened, texts
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place, cell_uris, is_address, read_bytes
 
@@ -178,25 +182,16 @@ def _file(place: Place, root: Place) -> list[tuple[str, str]]:
 
 def _parquet(place: Place, root: Place) -> list[tuple[str, str]]:
     """(id, uri) of the rows of a Parquet file; a column of bytes is not read."""
-    try:
-        with place.open() as source, pq.ParquetFile(source) as file:
-            names = file.schema_arrow.names
-            column = next((name for name in ("bytes", "uri") if name in names), None)
-            if "image_id" not in names or column is None:
-                fix = f"its columns are {', '.join(names)}"
-                raise _error("a Parquet file with image_id and uri or bytes", place.uri, fix)
-            table = file.read(columns=["image_id"] + ["uri"] * (column == "uri"))
-    except pa.ArrowException as error:
-        fix = f"write it again ({' '.join(str(error).split())})"
-        raise _error("a readable Parquet file", place.uri, fix) from error
-    ids = table["image_id"].cast(pa.string()).to_pylist()
-    if None in ids:
-        raise _error("a Parquet file without empty ids", place.uri, f"row {ids.index(None)}")
-    if column == "bytes":
-        return list(zip(ids, cell_uris(place, "bytes", len(ids)), strict=True))
-    uris = table["uri"].cast(pa.string()).to_pylist()
-    if None in uris:
-        raise _error("a Parquet file without empty uris", place.uri, f"row {uris.index(None)}")
+    with opened(place, "images") as file:
+        names = file.schema_arrow.names
+        column = next((name for name in ("bytes", "uri") if name in names), None)
+        if "image_id" not in names or column is None:
+            fix = f"its columns are {', '.join(names)}"
+            raise _error("a Parquet file with image_id and uri or bytes", place.uri, fix)
+        ids = texts(file, "image_id", MAX_ID_CHARS, unique=True)
+        if column == "bytes":
+            return list(zip(ids, cell_uris(place, "bytes", len(ids)), strict=True))
+        uris = texts(file, "uri", MAX_URI_CHARS)
     addresses = (uri if is_address(uri) else root.child(uri).uri for uri in uris)
     return list(zip(ids, addresses, strict=True))
 
@@ -209,6 +204,9 @@ def _table(pairs: list[tuple[str, str]], src: str) -> pa.Table:
         shown = ", ".join(dict.fromkeys(twice[:3])) + (", ..." if len(twice) > 3 else "")
         raise _error("images with unique ids", f"{shown} more than once in {src}", "rename them")
     for pair in pairs:
+        if len(pair[0]) > MAX_ID_CHARS:
+            rule = f"images with ids of at most {MAX_ID_CHARS} characters"
+            raise _error(rule, pair[0], f"rename it in {src}")
         if not all(_is_text(text) for text in pair):
             raise _error("files whose names are UTF-8", ascii(pair[1]), "rename it")
     ids, uris = zip(*pairs, strict=True)

@@ -6,14 +6,16 @@ Leaves: a `Place`, which can be walked and read; its `uri`, by which any process
 
 Why this way: a local file's uri is its absolute path as it is, so names with blanks, '#', '%' or a
 newline need no care. Only addresses with a scheme are percent-encoded, and they keep their options
-after the '?', so that a worker elsewhere needs nothing but the uri (credentials written into an
-address stay in it as well: better keep those in the environment). Images that lie inside a Parquet
+after the '?', so that a worker elsewhere needs nothing but the uri. Credentials written into an
+address stay in it while a command runs, but not in what it writes: whoever follows a stored address
+uses those of the environment, where they are better kept anyway. Images that lie inside a Parquet
 file are addressed by row (`parquet+file:///data/a.parquet#row=12`, and `&column=NAME` if the column
 is not `bytes`), so that a list of a million images stays small.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -29,10 +31,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from zsplg_ray.filesystems import Store, open_store
 from zsplg_ray.settings import complain
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _PARQUET = "parquet+"
+_ROW = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Place:
             except (OSError, ValueError):
                 return None
             return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else None
-        fs, path = self._remote()
+        fs, path = self.opened()
         kinds = {pafs.FileType.File: "file", pafs.FileType.Directory: "folder"}
         return kinds.get(fs.get_file_info([path])[0].type)
 
@@ -109,7 +113,7 @@ class Place:
         """
         if not self.prefix:
             return sorted(_walk_local(Path(self.path), "", frozenset()))
-        fs, path = self._remote()
+        fs, path = self.opened()
         infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
         below = (i.path[len(path) :].strip("/") for i in infos if i.type == pafs.FileType.File)
         return sorted(p for p in below if not any(part.startswith(".") for part in p.split("/")))
@@ -117,6 +121,9 @@ class Place:
     def read(self) -> bytes:
         """The content. Raises: FileNotFoundError if it has vanished."""
         if not self.prefix:
+            mode = Path(self.path).stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a device may have no end
+                raise OSError(errno.EINVAL, "neither a file nor a folder", self.path)
             return Path(self.path).read_bytes()
         with self.open() as file:
             return file.read()
@@ -125,7 +132,7 @@ class Place:
         """The file, for reading at any position."""
         if not self.prefix:
             return pa.OSFile(self.path, "rb")
-        fs, path = self._remote()
+        fs, path = self.opened()
         return fs.open_input_file(path)
 
     def stamp(self) -> tuple[int, int]:
@@ -133,13 +140,19 @@ class Place:
         if not self.prefix:
             status = Path(self.path).stat()
             return status.st_size, status.st_mtime_ns
-        fs, path = self._remote()
+        fs, path = self.opened()
         info = fs.get_file_info([path])[0]
         return info.size or 0, info.mtime_ns or 0
 
-    def _remote(self) -> tuple[Any, str]:
-        fs, root = _filesystem(self.prefix, self.query)
-        return fs, f"{root}/{self.path}".rstrip("/") if root else self.path
+    def opened(self) -> tuple[pafs.LocalFileSystem | Store, str]:
+        """The file system that it lies in, and its path there.
+
+        Raises: filesystems.BadAddress, a ValueError, if there is no such store.
+        """
+        if not self.prefix:
+            return pafs.LocalFileSystem(), self.path
+        store = open_store(self.prefix, self.query)
+        return store, f"{store.root}/{self.path}".rstrip("/") if store.root else self.path
 
 
 def is_address(text: str) -> bool:
@@ -168,7 +181,13 @@ def read_bytes(uri: str) -> bytes:
     place, options = Place.parse(address), parse_qs(fragment)
     row = options.get("row", [""])[0]
     column = options.get("column", ["bytes"])[0]
-    cell = _cell(place, column, int(row)) if row.isdecimal() else None
+    try:
+        cell = _cell(place, column, int(row)) if _ROW.fullmatch(row) else None
+    except (pa.ArrowException, KeyError, IndexError, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or place.prefix):
+            raise  # the storage failed, not the file
+        fix = f"list the source again ({' '.join(str(error).split())})"
+        raise ValueError(complain("uri", "that of a cell that can be read", uri, fix)) from error
     if not isinstance(cell, bytes):
         fix = "list the source again"
         raise ValueError(complain("uri", "that of a cell that holds bytes", uri, fix))
@@ -218,19 +237,6 @@ def _cells(place: Place, stamp: tuple[int, int], column: str, group: int) -> pa.
     """One column of one row group."""
     with place.open() as source, pq.ParquetFile(source) as file:
         return file.read_row_group(group, columns=[column]).column(column)
-
-
-@lru_cache(maxsize=32)
-def _filesystem(prefix: str, query: str) -> tuple[Any, str]:
-    """The store behind an address, and where its bucket begins; one client a process."""
-    uri = f"{prefix}/" + (f"?{query}" if query else "")
-    try:
-        fs, root = pafs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        rule = "a path, or an s3://, gs:// or file:// address that can be opened"
-        fix = f"check it ({' '.join(str(error).split())})"
-        raise ValueError(complain("address", rule, uri, fix)) from error
-    return fs, root.rstrip("/")
 
 
 def _walk_local(folder: Path, relative: str, above: frozenset[tuple[int, int]]) -> list[str]:

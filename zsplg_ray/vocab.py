@@ -13,6 +13,7 @@ data set.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ BACKGROUND = "background"
 """The name of class 0."""
 
 MAX_NAME_CHARS = 100
+_MAX_FILE_BYTES = 2**20
 
 # `name: alias, alias; name; ...` without the background.
 _LISTS = {
@@ -86,7 +88,7 @@ class ClassList:
     """Class names in index order, and the words that stand for each.
 
     `names[0]` is "background". `aliases[k]` starts with `names[k]`; `aliases[0]` is empty. No
-    word stands for two classes, regardless of case.
+    word stands for two classes, regardless of case and of how its characters are encoded.
 
     Raises:
         ValueError: a name or alias is empty, too long, not printable or given to two classes, or
@@ -112,7 +114,7 @@ class ClassList:
         for k, (name, aliases) in enumerate(zip(self.names, self.aliases, strict=True)):
             for word in (name, *aliases):
                 _check_word(word)
-                other = owner.setdefault(word.casefold(), k)
+                other = owner.setdefault(_folded(word), k)
                 if other != k:
                     fix = f"classes {other} and {k} both have it: take one of them out"
                     raise _error("unique names and aliases", word, fix)
@@ -132,11 +134,13 @@ class ClassList:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ClassList:
         """The inverse of `to_dict`; checks again, for the data may come from a file."""
+        fix = "it has to hold names and aliases"
         try:
             names, aliases = tuple(data["names"]), tuple(tuple(words) for words in data["aliases"])
         except (KeyError, TypeError) as error:
-            fix = "it has to hold names and aliases"
             raise _error("a class list as to_dict writes it", data, fix) from error
+        if not all(isinstance(word, str) for words in (names, *aliases) for word in words):
+            raise _error("a class list as to_dict writes it", data, fix)
         return cls(names, aliases)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,9 +157,9 @@ class ClassList:
         Raises:
             ValueError: no class has this name.
         """
-        wanted = name.casefold()
+        wanted = _folded(name)
         for k, words in enumerate(((BACKGROUND,), *self.aliases[1:])):
-            if any(word.casefold() == wanted for word in words):
+            if any(_folded(word) == wanted for word in words):
                 return k
         near = difflib.get_close_matches(name, self.names, n=1, cutoff=0)
         raise _error("a name in the class list", name, f"the nearest is {near[0]!r}")
@@ -224,7 +228,13 @@ def _parse(entries: Iterable[tuple[str, str]]) -> ClassList:
 def _read(path: Path) -> ClassList:
     """The class list of a text file."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+        if len(data) > _MAX_FILE_BYTES:
+            size = f"{path} (larger than {_MAX_FILE_BYTES // 2**10} KiB)"
+            raise _error("a text file of class names", size, "check the path")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        lines = text.split("\n")
     except UnicodeDecodeError as error:
         raise _error("a UTF-8 text file", path, "save it as UTF-8") from error
     except OSError as error:
@@ -267,6 +277,11 @@ def _check_word(word: str) -> None:
         )
     if not word.isprintable():
         raise _error("names of printable characters", repr(word), "take out what cannot be seen")
+
+
+def _folded(word: str) -> str:
+    """What is the same for words that look the same but for their case."""
+    return unicodedata.normalize("NFKC", word).casefold()
 
 
 def _is_file(path: Path) -> bool:

@@ -9,19 +9,21 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import ray
 
+from zsplg_ray.cluster.loopback import loopback_only
 from zsplg_ray.shapes.scenes import write_voc
 
 
 @pytest.fixture(scope="module")
 def ray_local():
     """Four logical CPUs, whatever the machine has."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-    )
+    with loopback_only():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+        )
     yield
     ray.shutdown()
 

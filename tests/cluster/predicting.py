@@ -1,16 +1,11 @@
-"""Models that misbehave on purpose, and a driver to kill:
-`python -m tests.cluster.predicting IMAGES OUT NOTES MODEL`."""
+"""Models that misbehave on purpose."""
 
-import json
 import os
 import signal
-import sys
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from zsplg_ray.cluster.predict import ModelWorker, PredictTask, load_model, predict
+from zsplg_ray.cluster.predict import ModelWorker, PredictTask, load_model
 from zsplg_ray.config import PredictConfig
 from zsplg_ray.settings import from_mapping
 
@@ -38,28 +33,3 @@ def load_rigged(task: PredictTask, device: str):
     worker = load_model(task, device)
     worker.__class__ = Rigged
     return worker
-
-
-class LoadCounting:
-    """Loads a model that notes every image, and its process, in a file."""
-
-    def __init__(self, path) -> None:
-        self.path = str(path)
-
-    def __call__(self, task: PredictTask, device: str):
-        worker, path = load_model(task, device), self.path
-        label = worker.label
-
-        def noting(image, image_HWC: np.ndarray):
-            with Path(path).open("a") as notes:
-                notes.write(json.dumps({"pid": os.getpid(), "image": image["image_id"]}) + "\n")
-            return label(image, image_HWC)
-
-        worker.label = noting
-        return worker
-
-
-if __name__ == "__main__":
-    images, out, notes, model_file = sys.argv[1:5]
-    settings = {"actors.in_flight": 4, "ray.num_cpus": 2}
-    predict(config(model_file, images, out, **settings), load=LoadCounting(notes))

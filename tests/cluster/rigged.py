@@ -1,14 +1,12 @@
-"""Labelers that misbehave on purpose, and a driver to kill: `python -m tests.cluster.rigged`."""
+"""Labelers that misbehave on purpose."""
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from zsplg_ray.cluster.label import label
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.labeler import Labeler, is_broken_device
 from zsplg_ray.label.segments import Segments
@@ -58,12 +56,6 @@ class Killing(OneByOne):
 
 def load_killing(config, naming, device):
     return Killing(Labeler.load(config, naming, device))
-
-
-def load_killing_together(config, naming, device):
-    labeler = Killing(Labeler.load(config, naming, device))
-    labeler.images_at_once = 4
-    return labeler
 
 
 class Blind:
@@ -132,8 +124,3 @@ class LoadCounting:
 
     def __call__(self, config, naming, device):
         return Counting(Labeler.load(config, naming, device), self.path)
-
-
-if __name__ == "__main__":
-    images, out, notes = sys.argv[1:4]
-    label(config(images, out, **json.loads(sys.argv[4])), load=LoadCounting(notes))

@@ -7,16 +7,13 @@ import subprocess
 import sys
 import zlib
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.rigged import config, load_killing, load_killing_together
-from zsplg_ray.cluster.label import label
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.shapes.scenes import make_scene
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+pytestmark = pytest.mark.ray
 
 
 def encoded(kind: str, seed: int = 0, **options) -> bytes:
@@ -94,21 +91,3 @@ def test_twelve_bad_and_twenty_good(tmp_path):
     assert "900" in errors["bomb.png"]["error"]  # 900 megapixels
     for row in errors.values():
         assert row["error"] and "\n" not in row["error"]
-
-
-@pytest.mark.parametrize("load", [load_killing, load_killing_together], ids=["alone", "by four"])
-def test_one_image_that_kills_its_process_and_31_others(tmp_path, load):
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(31):
-        (images / f"good{i:02d}.png").write_bytes(encoded("PNG", i))
-    poison = np.full((32, 32, 3), (255, 0, 0), np.uint8)
-    Image.fromarray(poison).save(images / "good15_poison.png")
-    run = label(config(images, tmp_path / "run"), load=load)
-    assert run["state"] == "complete"
-    assert (run["counts"]["labelled"], run["counts"]["quarantined"]) == (31, 1)
-    bad = RunFolder(str(tmp_path / "run")).read("errors")
-    assert bad is not None
-    (row,) = bad.to_pylist()
-    assert row["image_id"] == "good15_poison.png"
-    assert "killed its process 2 times" in row["error"]

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zsplg_ray.cluster.crew import Crew, _capacity, check_batches, plan_crew
+from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
+from zsplg_ray.cluster.nodes import Cluster, room
 from zsplg_ray.config import TrainConfig, WorkersConfig
 from zsplg_ray.settings import from_mapping
 
@@ -19,7 +20,8 @@ def training(labelled: int, unlabelled: int, **changes) -> TrainConfig:
 
 def plan(*nodes: tuple[float, float], device="auto", growing=False, **config) -> Crew:
     have = [{"CPU": float(c), "GPU": float(g)} if g else {"CPU": float(c)} for c, g in nodes]
-    return plan_crew(WorkersConfig(**config), have, device, growing)
+    more = None if growing else ()
+    return plan_crew(WorkersConfig(**config), Cluster(tuple(have), growing, more), device)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_what_nobody_asked_for_always_fits(nodes, num):
     have = [{"CPU": float(c), "GPU": float(g)} for c, g in nodes]
     assert crew.cpus > 0 and crew.threads >= 1
     if crew.cpus >= 1:
-        assert _capacity(have, crew.cpus, crew.gpus) >= crew.num
+        assert room(have, crew.resources) >= crew.num
     if num is None and gpus:
         assert crew.num == gpus, "GPUs left idle"
 

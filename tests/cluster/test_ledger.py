@@ -1,6 +1,18 @@
-"""Who is blamed when a process dies. The book alone, without Ray."""
+"""Who is blamed when a process dies. The book and those who write in it, without Ray."""
 
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from zsplg_ray.cluster import decode
+from zsplg_ray.cluster.actor import ImageActor, Job
 from zsplg_ray.cluster.ledger import MAX_KILLS, LedgerBook
+from zsplg_ray.config import PredictConfig
+from zsplg_ray.records import LABELS
+from zsplg_ray.rundir import RunFolder, part_name
 
 
 def test_an_image_begun_and_never_finished_is_to_blame():
@@ -61,3 +73,123 @@ def test_the_one_that_kills_is_found_and_its_neighbours_are_done():
             book.commit([image])
         assert deaths <= MAX_KILLS, "tried for ever"
     assert sorted(done) == list("abcd") and deaths == MAX_KILLS
+
+
+def test_entering_notes_the_innocent_together_and_leaves_suspects_to_be_noted_alone():
+    book = LedgerBook()
+    book.commit(["written"])
+    assert book.enter("decode", ["a", "b", "written"]) == {"a": 0, "b": 0}
+    assert book.open("decode", ["a", "b"]) == {"a": 1, "b": 1}, "noted before the work begins"
+    assert book.enter("decode", ["a", "b", "c"]) == {"a": 1, "b": 1, "c": 0}
+    assert book.open("decode", ["a", "b", "c"]) == {"a": 1, "b": 1, "c": 1}, "suspects twice"
+
+
+def test_the_next_begin_tells_that_the_last_ones_are_through():
+    book = LedgerBook()
+    book.begin("label", ["a", "b"])
+    book.begin("label", ["c"], ["a", "b"])
+    assert book.open("label", ["a", "b", "c"]) == {"a": 0, "b": 0, "c": 1}
+    book.begin("label", ["d"], ["c"])
+    assert book.open("label", ["c", "d"]) == {"c": 0, "d": 1}
+
+
+class Here:
+    """A ledger without Ray that counts its calls."""
+
+    def __init__(self):
+        self.book, self.calls = LedgerBook(), []
+
+    def __getattr__(self, name):
+        def call(*args):
+            self.calls.append(name)
+            return getattr(self.book, name)(*args)
+
+        return call
+
+
+def here() -> Any:
+    return Here()
+
+
+def block_of(tmp_path, names):
+    for name in names:
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    uris = [str(tmp_path / f"{name}.png") for name in names]
+    return pa.table({"image_id": list(names), "uri": uris})
+
+
+class Killed(BaseException):
+    """Stands for the death of the process."""
+
+
+def read_all(block, ledger, killers, monkeypatch):
+    """Decode a block as Ray would: again and again, until no process dies; deaths, errors."""
+    decoded = decode._decoded
+
+    def dying(row, max_px):
+        if row["image_id"] in killers:
+            raise Killed
+        return decoded(row, max_px)
+
+    monkeypatch.setattr(decode, "_decoded", dying)
+    for deaths in range(20):
+        try:
+            tables = list(decode.decode_block(block, 100, ledger))
+        except Killed:
+            continue
+        return deaths, {t["image_id"][0].as_py(): t["error"][0].as_py() for t in tables}
+    raise AssertionError("tried for ever")
+
+
+def test_reading_a_block_takes_two_calls_and_finds_who_kills(tmp_path, monkeypatch):
+    names = list("abcdefgh")
+    quiet = here()
+    deaths, errors = read_all(block_of(tmp_path, names), quiet, (), monkeypatch)
+    assert quiet.calls == ["enter", "finish"] and deaths == 0
+    assert set(errors.values()) == {None} and not quiet.book.begun
+
+    ledger = here()
+    deaths, errors = read_all(block_of(tmp_path, names), ledger, ("c", "g"), monkeypatch)
+    assert {i for i, error in errors.items() if error} == {"c", "g"}
+    assert deaths <= 2 * MAX_KILLS and list(errors) == names
+    assert errors["c"] == f"killed its process {MAX_KILLS} times while it was read"
+
+
+class Trivial:
+    """A verb that writes one label an image, at once."""
+
+    verb, images_at_once, weights = "predict", 1, None
+
+    @property
+    def schemas(self):
+        return {"labels": LABELS}
+
+    def load(self, device):
+        return self
+
+    def process(self, images, pixels):
+        return [None] * len(images)
+
+    def rows(self, image, result):
+        return {"labels": {"image_id": image["image_id"], "uri": image["uri"]}}
+
+
+def test_an_actor_makes_little_more_than_a_call_an_image_and_tells_what_it_wrote(tmp_path):
+    names = [f"{i:02}" for i in range(16)]
+    ledger, folder = here(), RunFolder(str(tmp_path / "run"))
+    block = pa.concat_tables(decode.decode_block(block_of(tmp_path, names), 100, ledger))
+    ledger.calls.clear()
+    config = PredictConfig(model="m", images="i", out="o", device="cpu")
+    job = Job(config, Trivial(), folder, {}, {})  # type: ignore[arg-type]
+    actor = object.__new__(ImageActor)
+    actor.job, actor.ledger, actor.stage, actor.worker = job, ledger, "predict", Trivial()
+    actor._through = []
+    (counts,) = actor(block).to_pylist()
+    assert Counter(ledger.calls) == {"open": 2, "begin": 16, "finish": 1, "commit": 1}
+    assert not ledger.book.begun and ledger.book.committed == set(names)
+
+    (written,) = counts.pop("written")
+    assert counts == {"labelled": 16, "failed": 0}
+    name = part_name(names)
+    size = folder.listing("labels")[name].size
+    assert written == {"kind": "labels", "name": name, "size": size, "image_ids": names}

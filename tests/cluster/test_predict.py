@@ -1,13 +1,7 @@
 """`predict` on a real Ray: exactly once, alone and fused, whoever is killed."""
 
 import dataclasses
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +19,6 @@ from zsplg_ray.images import decode_image
 from zsplg_ray.masks import open_truth
 from zsplg_ray.records import LABELS, decode_png, encode_png, encode_score
 from zsplg_ray.rundir import Kind, RunFolder, part_name
-from zsplg_ray.shapes.scenes import write_voc
 from zsplg_ray.student.checkpoint import load_student
 from zsplg_ray.student.predict import Predictor
 from zsplg_ray.views.evaluate import evaluate
@@ -244,56 +237,3 @@ def test_zero_shot_runs_that_do_not_fit_are_refused(scenes, model, tmp_path):
     write_zeroshot(tmp_path / "zeroshot", scenes, 0)
     assert "fuse must be a run over the same images" in refused(given)
     assert not (tmp_path / "run").exists()
-
-
-# kill -9 -----------------------------------------------------------------------------------------
-
-
-class Driver:
-    """A run of tests.cluster.predicting in a process of its own."""
-
-    def __init__(self, images, out, notes, model) -> None:
-        self.notes = Path(notes)
-        command = [sys.executable, "-m", "tests.cluster.predicting"]
-        self.process = subprocess.Popen(
-            [*command, str(images), str(out), str(notes), str(model)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        )
-
-    def calls(self) -> list[str]:
-        return self.notes.read_text().splitlines() if self.notes.exists() else []
-
-    def wait_for(self, more: int) -> int:
-        """Until that many more images were started on; the process that did the last."""
-        goal, deadline = len(self.calls()) + more, time.monotonic() + 240
-        while len(self.calls()) < goal:
-            assert self.process.poll() is None, self.process.communicate()[1].decode()[-2000:]
-            assert time.monotonic() < deadline, "the run does not get on"
-            time.sleep(0.02)
-        return int(self.calls()[-1].split('"pid": ')[1].split(",")[0])
-
-
-@pytest.mark.slow
-def test_a_driver_and_an_actor_killed_in_a_run_of_40_images(model, tmp_path):
-    rng = random.Random(0)
-    write_voc(tmp_path / "scenes", 40, seed=0)
-    out, notes = tmp_path / "run", tmp_path / "notes"
-    driver = Driver(tmp_path / "scenes", out, notes, model)
-    driver.wait_for(rng.randint(6, 14))
-    driver.process.kill()
-    driver.process.wait()
-    before = len(driver.calls())
-    last = Driver(tmp_path / "scenes", out, notes, model)
-    os.kill(last.wait_for(rng.randint(4, 8)), signal.SIGKILL)
-    _, told = last.process.communicate(timeout=400)
-    assert last.process.returncode == 0, told.decode()[-2000:]
-    table = RunFolder(str(out)).read("labels", ["image_id"])
-    assert table is not None
-    found = table["image_id"].to_pylist()
-    assert len(found) == 40 and len(set(found)) == 40
-    assert not rows(out, "errors")
-    run = RunFolder(str(out)).read_run()
-    assert run is not None and run["counts"]["labelled"] == 40
-    assert before < 40 and len(last.calls()) - 40 <= 4 * 4, "little is done twice"

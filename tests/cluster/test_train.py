@@ -1,12 +1,7 @@
 """`zsplg train`: Ray Train around the loop. Few runs, each looked at from all sides."""
 
-import json
 import logging
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -69,14 +64,6 @@ def differences(out, other) -> float:
     ours, theirs = weights(out), weights(other)
     assert ours.keys() == theirs.keys()
     return max(float((ours[k].double() - theirs[k].double()).abs().max()) for k in ours)
-
-
-def numbers(run) -> list[dict]:
-    """The history without what differs from time to time."""
-    return [
-        {k: v for k, v in entry.items() if k not in ("time", "images_per_s")}
-        for entry in run["history"]
-    ]
 
 
 def files(out) -> set[str]:
@@ -156,22 +143,6 @@ def test_two_workers_do_what_one_does_and_out_may_be_an_object_store(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_worker_is_started_again_and_goes_on(
-    straight, world, tmp_path, monkeypatch, caplog
-):
-    rig(monkeypatch, tmp_path / "notes", 30, "kill")
-    run = train(config(world, tmp_path / "run", **RESUMED))
-    readers = (tmp_path / "notes").read_text().splitlines()
-    assert len(set(readers)) == 2, "one was killed, one took its place"
-    assert len(readers) == 30 + (EPOCHS - 2) * 12, "from the last checkpoint, not from the start"
-    assert numbers(run) == numbers(straight[1])
-    assert differences(tmp_path / "run", straight[0]) == 0
-    assert [note["epoch"] for note in run["failures"]] == [2]
-    assert "worker 0 died" in caplog.text and "going on after epoch 2" in caplog.text
-
-
-@pytest.mark.ray
 def test_what_would_fail_again_is_not_tried_again(ray_local, world, tmp_path, monkeypatch):
     rig(monkeypatch, tmp_path / "notes", 15, "fail")
     with pytest.raises(ValueError, match=r"masks must be of class indices 0 to 8, got 77"):
@@ -180,63 +151,6 @@ def test_what_would_fail_again_is_not_tried_again(ray_local, world, tmp_path, mo
     run = read_training(RunFolder(str(tmp_path / "run")))
     assert run is not None and run["state"] == "failed"
     assert run["last"]["epoch"] == 1 and {"last.pt", "best.pt"} <= files(tmp_path / "run")
-
-
-def driver(world, out) -> subprocess.Popen:
-    changes = {**RESUMED, "ray.num_cpus": 1, "quiet": False}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.cluster.training", str(world), str(out), json.dumps(changes)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    )
-
-
-def wait_for(process: subprocess.Popen, out: Path, epoch: int) -> None:
-    """Until the run has finished that many epochs."""
-    deadline = time.monotonic() + 240
-    while True:
-        run = read_training(RunFolder(str(out)))
-        if run is not None and run["last"] is not None and run["last"]["epoch"] >= epoch:
-            return
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.01)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_ctrl_c_and_kill_9_of_the_driver(straight, world, tmp_path, caplog):
-    out = tmp_path / "run"
-    first = driver(world, out)
-    wait_for(first, out, 1)
-    first.send_signal(signal.SIGINT)
-    told, errors = first.communicate(timeout=120)
-    assert first.returncode == 130 and told == "", errors
-    assert "the same command goes on" in errors and "Traceback" not in errors
-    assert f"epoch 1/{EPOCHS}, loss" in errors
-    run = read_training(RunFolder(str(out)))
-    assert run is not None and run["state"] == "interrupted"
-    done = run["last"]["epoch"]
-    assert 1 <= done < EPOCHS - 2
-
-    second = driver(world, out)
-    wait_for(second, out, done + 1)
-    second.kill()
-    second.communicate(timeout=60)
-    run = read_training(RunFolder(str(out)))
-    assert run is not None and run["state"] == "running" and run["last"]["epoch"] < EPOCHS
-    (out / "_last.pt.0123456789abcdef0123456789abcdef").write_bytes(b"torn")
-
-    caplog.set_level(logging.INFO)
-    run = train(config(world, out, **RESUMED))
-    assert "going on after epoch" in caplog.text
-    assert numbers(run) == numbers(straight[1])
-    assert differences(out, straight[0]) == 0, "bit for bit"
-    assert files(out) == files(straight[0])
-    attempts = list(out.glob("checkpoints/*"))
-    assert len(attempts) == 1, "checkpoints of earlier attempts are removed"
 
 
 # Bad input ---------------------------------------------------------------------------------------

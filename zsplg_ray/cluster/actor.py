@@ -4,7 +4,8 @@ The actor itself writes the parts: a part is on disk before Ray hears of it, so 
 most the images that were with an actor (`actors.in_flight` of them). What stands in valid parts is
 not done again; what stands there twice after a crash is mended (rundir.repair).
 
-Which model it is, and which rows it makes, is a `Task`: the verbs differ in nothing else.
+Which model it is, and which rows it makes, is a `Task`: the verbs differ in nothing else. Torch is
+loaded where a model needs it and not with this module: it takes hundreds of MiB.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 
 from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
 from zsplg_ray.cluster.parts import PartWriter
 from zsplg_ray.cluster.session import Plan
 from zsplg_ray.config import LabelConfig, PredictConfig
-from zsplg_ray.label.labeler import is_broken_device
+from zsplg_ray.part_index import Written
 from zsplg_ray.rundir import Kind, RunFolder, Verb
 from zsplg_ray.settings import complain
 
@@ -34,6 +34,22 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """One row of a table. That of an image has `decode.DECODED` without its pixels."""
+
+
+_WRITTEN = [
+    ("kind", pa.string()),
+    ("name", pa.string()),
+    ("size", pa.int64()),
+    ("image_ids", pa.list_(pa.string())),
+]
+COUNTS = pa.schema(
+    [
+        ("labelled", pa.int64()),
+        ("failed", pa.int64()),
+        ("written", pa.list_(pa.struct(_WRITTEN))),
+    ]
+)
+"""What the driver hears of a block: images, and the parts that were written of them."""
 
 
 class Worker(Protocol):
@@ -99,8 +115,11 @@ class ImageActor:
 
     def __init__(self, job: Job, plan: Plan, ledger: Ledger) -> None:
         self.job, self.ledger, self.stage = job, ledger, job.task.verb
+        self._through: list[str] = []  # ids whose end the ledger has not heard of yet
         device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
         if device == "cpu":
+            import torch
+
             torch.set_num_threads(plan.threads)
         self.worker = retrying(lambda: job.task.load(device))
         found = self.worker.weights
@@ -109,21 +128,24 @@ class ImageActor:
             raise ValueError(complain("weights", rule, found, "give every node the same files"))
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Do a block of `decode.DECODED` rows; returns one row of counts."""
+        """Do a block of `decode.DECODED` rows; returns one row of `COUNTS`."""
         writer = PartWriter(self.job.folder, self.job.meta, self.job.task.schemas)
         labelled = failed = 0
+        written: list[Written] = []
         for images in self._pending(block):
             if images[0]["deaths"] and writer.ids:
-                self._commit(writer)  # the others are safe before a suspect is tried again
+                written += self._commit(writer)  # the others are safe before a suspect's next try
             done_before = len(writer.done)
             self._process(block, images, writer)
             labelled += len(writer.done) - done_before
             failed += len(images) - (len(writer.done) - done_before)
             if time.monotonic() - writer.since >= self.job.config.actors.flush_s:
-                self._commit(writer)
+                written += self._commit(writer)
         if writer.ids:
-            self._commit(writer)
-        return pa.table({"labelled": [labelled], "failed": [failed]})
+            written += self._commit(writer)
+        parts = [part._asdict() for part in written]
+        counts = {"labelled": labelled, "failed": failed, "written": parts}
+        return pa.Table.from_pylist([counts], schema=COUNTS)
 
     def _pending(self, block: pa.Table) -> Iterator[list[Row]]:
         """Rows (without pixels) that are not written yet, in groups to do together.
@@ -151,10 +173,13 @@ class ImageActor:
         if not good:
             return
         ids = [image["image_id"] for image in good]
-        self.ledger.begin(self.stage, ids)
+        self.ledger.begin(self.stage, ids, self._through)
+        self._through = []
         try:
             results = self.worker.process(good, [pixels(block, image) for image in good])
         except Exception as e:
+            from zsplg_ray.label.labeler import is_broken_device
+
             if is_broken_device(e):
                 self._leave(to)
             results = [e] * len(good)
@@ -165,7 +190,7 @@ class ImageActor:
                 to.add(self.job.task.rows(image, result))
             except Exception as e:  # one bad image never stops the rest
                 to.fail(image, self.stage, f"{type(e).__name__}: {e}", traceback.format_exc())
-        self.ledger.finish(self.stage, ids)
+        self._through = ids  # told with the next call: a call an image is saved
 
     def _hopeless(self, image: Row, to: PartWriter) -> bool:
         """Whether an image need not be tried; then it is written as failed."""
@@ -186,11 +211,14 @@ class ImageActor:
             self._commit(writer)
         os._exit(1)  # the ledger counts this as a death of the images under way
 
-    def _commit(self, writer: PartWriter) -> None:
+    def _commit(self, writer: PartWriter) -> list[Written]:
         ids = writer.ids
+        self.ledger.finish(self.stage, self._through)
+        self._through = []
         self.ledger.open(self.stage, ids)  # fails if the driver is gone: its heir may be at work
-        writer.write()
+        written = writer.write()
         self.ledger.commit(ids)
+        return written
 
 
 def pixels(block: pa.Table, image: Row) -> np.ndarray:
@@ -203,7 +231,11 @@ def pick_device(asked: str, has_gpu: bool) -> str:
     """auto -> cuda where this process was given a GPU that works, else cpu."""
     if asked != "auto":
         return asked
-    return "cuda" if has_gpu and torch.cuda.is_available() else "cpu"
+    if not has_gpu:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def retrying(make: Callable[[], Worker], times: int = 3) -> Worker:

@@ -1,6 +1,6 @@
 """How many training workers there are and what each takes, so that the cluster can hold them.
 
-What enters: `WorkersConfig`, and what the cluster's nodes have. What leaves: a `Crew`, or an error
+What enters: `WorkersConfig`, and the cluster as `nodes` sees it. What leaves: a `Crew`, or an error
 instead of the silent wait for resources that Ray would do.
 """
 
@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from zsplg_ray.cluster.nodes import Cluster, Node, room, standing_room, total
 from zsplg_ray.config import TrainConfig, WorkersConfig
 from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
-
-Node = Mapping[str, float]
-"""What a node has: {"CPU": 8.0, "GPU": 2.0}."""
 
 MAX_CPUS_WITH_GPU = 8
 """CPUs beyond these would not make a GPU's images come sooner."""
@@ -33,6 +31,8 @@ class Crew:
     """Fewest to go on with where nodes come and go; None: always `num`."""
     gpus: float
     cpus: float
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources of the nodes that a worker may stand on, amount by name."""
 
     @property
     def threads(self) -> int:
@@ -43,7 +43,7 @@ class Crew:
     def resources(self) -> dict[str, float]:
         """What Ray reserves for each worker."""
         gpus = {"GPU": self.gpus} if self.gpus else {}
-        return {"CPU": self.cpus} | gpus
+        return {"CPU": self.cpus} | gpus | dict(self.custom)
 
     @property
     def backend(self) -> str:
@@ -51,22 +51,23 @@ class Crew:
         return "nccl" if self.gpus >= 1 else "gloo"
 
 
-def plan_crew(config: WorkersConfig, nodes: Sequence[Node], device: str, growing: bool) -> Crew:
+def plan_crew(config: WorkersConfig, cluster: Cluster, device: str) -> Crew:
     """Fill in what `config` leaves open and check that the cluster can hold it.
+
+    Where the cluster grows, workers may be as large as the nodes that it may come to have allow.
+    How many there are follows from the GPUs that are up: nobody asked for more machines.
 
     Args:
         config: The workers asked for.
-        nodes: What each node has now.
+        cluster: Where. What is missing is only warned of if not all its nodes are known.
         device: auto, cpu or cuda.
-        growing: Whether the cluster may grow (an autoscaler): then what is missing is only warned
-            of.
 
     Raises: ValueError that names the setting which does not fit.
     """
-    have_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    nodes = standing_room("workers.resources", config.resources, cluster)
     gpus = config.gpus
     if gpus is None:
-        gpus = float(have_gpus >= 1 and device != "cpu")
+        gpus = float(total(nodes, "GPU") >= 1 and device != "cpu")
     if device == "cpu" and gpus:
         raise ValueError(complain("workers.gpus", "0 with --device cpu", gpus, "leave it out"))
     if device == "cuda" and not gpus:
@@ -75,11 +76,18 @@ def plan_crew(config: WorkersConfig, nodes: Sequence[Node], device: str, growing
     if gpus > 1 and gpus % 1:
         rule = "a whole number where it is over 1"
         raise ValueError(complain("workers.gpus", rule, gpus, "give a worker whole GPUs"))
-    fitting = _capacity(nodes, 0.0, gpus) if gpus else 1
-    num = config.num if config.num is not None else max(fitting, config.min or 1)
-    cpus = config.cpus if config.cpus is not None else _share(nodes, num, gpus, growing)
-    crew = Crew(num, config.min, gpus, cpus)
-    _check_room(crew, nodes, growing)
+    num = config.num
+    if num is None:
+        fitting = room(cluster.up, {"GPU": gpus, **config.resources}) if gpus else 1
+        num = max(fitting, config.min or 1)
+        if gpus and cluster.grows:
+            told = "workers.num: %d, after the GPUs that are up; set it to have the cluster grow"
+            log.warning(told, num)
+    cpus = config.cpus
+    if cpus is None:
+        cpus = _share(nodes, num, gpus, config.resources, cluster.known)
+    crew = Crew(num, config.min, gpus, cpus, config.resources)
+    _check_room(crew, nodes, cluster.known)
     return crew
 
 
@@ -114,41 +122,33 @@ def check_batches(config: TrainConfig, crew: Crew) -> None:
         )
 
 
-def _capacity(nodes: Sequence[Node], cpus: float, gpus: float) -> int:
-    """How many workers of that size the nodes hold; each stands on one node."""
-    total = 0
-    for node in nodes:
-        wanted = ((cpus, node.get("CPU", 0.0)), (gpus, node.get("GPU", 0.0)))
-        rooms = [math.floor(have / need + _ROUNDING) for need, have in wanted if need]
-        total += min(rooms, default=0)
-    return total
-
-
-def _share(nodes: Sequence[Node], num: int, gpus: float, growing: bool) -> float:
+def _share(
+    nodes: Sequence[Node], num: int, gpus: float, custom: Mapping[str, float], known: bool
+) -> float:
     """CPUs of a worker: as many whole ones as `num` workers can have, else a part of one."""
-    have = sum(node.get("CPU", 0.0) for node in nodes)
+    have = total(nodes, "CPU")
     share = have / num
     if gpus:
         share = min(share, MAX_CPUS_WITH_GPU)
     for cpus in range(math.floor(share + _ROUNDING), 0, -1):
-        if _capacity(nodes, cpus, gpus) >= num:
+        if room(nodes, {"CPU": cpus, "GPU": gpus, **custom}) >= num:
             return float(cpus)
-    return 1.0 if growing or not have else max(math.floor(share * 100) / 100, 0.01)
+    return 1.0 if not known or not have else max(math.floor(share * 100) / 100, 0.01)
 
 
-def _check_room(crew: Crew, nodes: Sequence[Node], growing: bool) -> None:
+def _check_room(crew: Crew, nodes: Sequence[Node], known: bool) -> None:
     """As many workers as must run find room. Raises: ValueError."""
     least = crew.least or crew.num
     name, unit, each = "workers.cpus", "CPUs", crew.cpus
-    if crew.gpus and _capacity(nodes, 0.0, crew.gpus) < least:
+    if crew.gpus and room(nodes, {"GPU": crew.gpus, **crew.custom}) < least:
         name, unit, each = "workers.gpus", "GPUs", crew.gpus
-    elif _capacity(nodes, crew.cpus, crew.gpus) >= least:
+    elif room(nodes, crew.resources) >= least:
         return
-    have = sum(node.get(unit[:-1], 0.0) for node in nodes)
+    have = total(nodes, unit[:-1])
     where = f"on {len(nodes)} nodes" if len(nodes) > 1 else "there are"
     rule = f"within the {have:g} {unit} {where}"
     asked = f"{each:g} for each of {least} workers"
-    if not growing:
+    if known:
         fix = f"lower {name} or workers.num, or add a node"
         raise ValueError(complain(name, rule, asked, fix))
     told = "%s: %s asked for, %g %s there now; waiting for the cluster"

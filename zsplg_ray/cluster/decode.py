@@ -37,17 +37,21 @@ where the image's zero-shot label stands, if the manifest does."""
 def decode_block(block: pa.Table, max_px: int, ledger: Ledger) -> Iterator[pa.Table]:
     """Decode the images of one manifest block, one table of `DECODED` an image."""
     rows = block.to_pylist()
-    deaths = ledger.open("decode", [row["image_id"] for row in rows])
+    deaths = ledger.enter("decode", [row["image_id"] for row in rows])
     for row in rows:
         image_id = row["image_id"]
-        if deaths.get(image_id, 0) >= MAX_KILLS:
-            error = f"killed its process {deaths[image_id]} times while it was read"
+        times = deaths.get(image_id, 0)
+        if times >= MAX_KILLS:
+            error = f"killed its process {times} times while it was read"
             yield _table(row, stage="decode", error=error)
-            continue
-        ledger.begin("decode", [image_id])
-        table = _decoded(row, max_px)
-        ledger.finish("decode", [image_id])  # before the wait for somebody to take it
-        yield table
+        elif times:  # a suspect, noted by itself
+            ledger.begin("decode", [image_id])
+            table = _decoded(row, max_px)
+            ledger.finish("decode", [image_id])  # before the wait for somebody to take it
+            yield table
+        else:
+            yield _decoded(row, max_px)
+    ledger.finish("decode", [image_id for image_id, times in deaths.items() if not times])
 
 
 def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:

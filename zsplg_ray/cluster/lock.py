@@ -1,4 +1,10 @@
-"""One run at a time in one folder."""
+"""One run at a time in one folder.
+
+On a disk it is a lock of the file `.lock`, which the system drops with the process that holds it.
+That holds between machines too where the disk's network protocol has locks (NFS 4, Lustre with
+`flock`); on NFS 3 mounted with `nolock` each machine has locks of its own, and nothing stops two
+machines from writing to one folder at the same time. In an object store it is a lease, see lease.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +14,41 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from zsplg_ray.cluster.lease import HeldLease
+from zsplg_ray.filesystems import StoreError
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import complain
 
 
 @contextlib.contextmanager
 def only_run(folder: RunFolder) -> Iterator[None]:
-    """One run at a time on one local folder; the lock goes with the process that holds it."""
-    if not folder.local:
+    """One run at a time in one folder; meanwhile `folder` and its copies are guarded.
+
+    Raises: ValueError if another run is there, or the folder cannot be written.
+    """
+    with _locked(folder) if folder.local else _leased(folder):
         yield
-        return
+
+
+@contextlib.contextmanager
+def _leased(folder: RunFolder) -> Iterator[None]:
+    """In an object store."""
+    lease = HeldLease(folder)
+    try:
+        lease.take()
+    except StoreError as e:  # nothing has been written, and nothing can be
+        raise ValueError(str(e)) from e
+    folder.guard = lease
+    try:
+        yield
+    finally:
+        folder.guard = None
+        lease.release()
+
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """On a disk; the lock goes with the process that holds it."""
     path = Path(folder.path)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / ".lock", timeout=0)

@@ -1,22 +1,26 @@
 """Rows of a run's folder, gathered and written as parts.
 
 What enters: one image's rows at a time. What leaves: a part of each kind, and `errors/X`; the kind
-that counts as the commit comes last (see rundir).
+that counts as the commit comes last (see rundir). Addresses are written without credentials.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from zsplg_ray.label.compose import Composed, summarise
-from zsplg_ray.label.labeler import Naming
 from zsplg_ray.label.segments import Segments
+from zsplg_ray.part_index import Written
 from zsplg_ray.records import ERRORS, LABELS, encode_png, encode_score
 from zsplg_ray.rundir import Kind, RunFolder, part_name
+from zsplg_ray.safe_text import masked, one_line, without_credentials
+
+if TYPE_CHECKING:  # it brings SAM and CLIP, which whoever only writes need not load
+    from zsplg_ray.label.labeler import Naming
 
 
 def labels_row(
@@ -27,7 +31,7 @@ def labels_row(
     height, width = composed.label_HW.shape
     return {
         "image_id": image["image_id"],
-        "uri": image["uri"],
+        "uri": without_credentials(image["uri"]),
         "width": width,
         "height": height,
         "label_png": encode_png(composed.label_HW),
@@ -42,7 +46,8 @@ def segments_row(image: Mapping[str, Any], segments: Segments) -> dict[str, Any]
     """A row of segments/. `image` has image_id, uri and image_sha256."""
     height, width = segments.size_hw
     return {
-        **{k: image[k] for k in ("image_id", "uri", "image_sha256")},
+        **{k: image[k] for k in ("image_id", "image_sha256")},
+        "uri": without_credentials(image["uri"]),
         "width": width,
         "height": height,
         "segments": segments.to_rows(),
@@ -95,10 +100,11 @@ class PartWriter:
         """One image that could not be done."""
         self.errors.append(
             {
-                **{k: image[k] for k in ("image_id", "uri")},
+                "image_id": image["image_id"],
+                "uri": without_credentials(image["uri"]),
                 "stage": stage,
-                "error": " ".join(error.split())[:500],
-                "detail": detail[-4000:],
+                "error": one_line(masked(" ".join(error.split())))[:500],
+                "detail": masked(detail)[-4000:],
             }
         )
 
@@ -112,19 +118,22 @@ class PartWriter:
         """Image ids not written yet, failed ones too."""
         return [*self.done, *(row["image_id"] for row in self.errors)]
 
-    def write(self) -> None:
+    def write(self) -> list[Written]:
         """Write what there is; the commit last, since its part is what counts as done."""
-        name = part_name(self.done)
         *before, commit = self.schemas
+        written = []
         if self.done:
             for kind in before:
-                self._put(kind, name, self.rows[kind], self.schemas[kind])
+                written.append(self._put(kind, self.rows[kind], self.schemas[kind]))
         if self.errors:
-            failed = part_name(row["image_id"] for row in self.errors)
-            self._put("errors", failed, self.errors, ERRORS)
+            written.append(self._put("errors", self.errors, ERRORS))
         if self.done:
-            self._put(commit, name, self.rows[commit], self.schemas[commit])
+            written.append(self._put(commit, self.rows[commit], self.schemas[commit]))
         self._clear()
+        return written
 
-    def _put(self, kind: Kind, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-        self.folder.write_part(kind, name, pa.Table.from_pylist(rows, schema=schema), self.meta)
+    def _put(self, kind: Kind, rows: list[dict[str, Any]], schema: pa.Schema) -> Written:
+        image_ids = [row["image_id"] for row in rows]
+        name, table = part_name(image_ids), pa.Table.from_pylist(rows, schema=schema)
+        size = self.folder.write_part(kind, name, table, self.meta)
+        return Written(kind, name, size, image_ids)

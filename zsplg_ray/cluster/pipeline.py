@@ -17,6 +17,7 @@ import functools
 import logging
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +28,7 @@ from ray.exceptions import RayError
 from zsplg_ray.cluster.actor import ImageActor, Job, Task
 from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
+from zsplg_ray.cluster.nodes import look_around
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import (
     Plan,
@@ -37,8 +39,10 @@ from zsplg_ray.cluster.session import (
     ray_session,
 )
 from zsplg_ray.cluster.track.run import RunTracker
+from zsplg_ray.cluster.waiting import telling_of_waits
 from zsplg_ray.config import LabelConfig, PredictConfig
 from zsplg_ray.exactly_once import anti_join, forget_errors, repair
+from zsplg_ray.part_index import PartIndex, Written
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.runinfo import part_meta, refuse_other_run
 from zsplg_ray.settings import WorkError, complain, override
@@ -48,6 +52,11 @@ log = logging.getLogger(__name__)
 DECODE_MEMORY = 256 * 2**20
 """Bytes that a reading task asks of Ray, a photograph several times over. It is also what keeps Ray
 from fusing reading into the actors, whose time is dear: it fuses only what asks for the same."""
+
+
+INDEX_EVERY_S = 600.0
+"""Seconds after which the index of parts is written again, so that a driver that is killed does not
+cost the reading of all parts of a long run."""
 
 
 def run_images(
@@ -72,7 +81,8 @@ def run_images(
         WorkError: The work failed; what is finished is kept.
     """
     refuse_other_run(folder, run)
-    found = repair(folder, task.verb)
+    index = PartIndex.load(folder)
+    found = repair(folder, task.verb, index)
     todo = anti_join(manifest, found.done)
     progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
     job = Job(config, task, folder, part_meta(run), run["weights"])
@@ -82,7 +92,20 @@ def run_images(
     tracker = RunTracker(config.mlflow, folder, task.verb)
     if run["mlflow"] and not len(todo) and old["state"] != "complete":
         tracker.start(run)  # it was killed between its last part and its end
-    _work(job, todo, run, progress, tracker, done_before=len(found.done))
+    before = _Before(index, len(found.done), found.failed)
+    del found  # its ids of a million images are not needed any more
+    _work(job, todo, run, progress, tracker, before)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What stands in the folder before the work, but for `index`, which is kept up with it."""
+
+    index: PartIndex
+    done: int
+    """Images that are done."""
+    failed: set[str]
+    """Ids of the images that stand in errors/."""
 
 
 def _work(
@@ -91,12 +114,12 @@ def _work(
     run: dict[str, Any],
     progress: Progress,
     tracker: RunTracker,
-    done_before: int,
+    before: _Before,
 ) -> None:
     """Do `todo`, and keep run.json and MLflow true, however this ends."""
 
     def numbers() -> dict[str, float]:
-        done = done_before + progress.labelled
+        done = before.done + progress.labelled
         return {"labelled": done, "images_per_s": progress.rate()}
 
     began = time.monotonic()
@@ -107,8 +130,12 @@ def _work(
                 plan = _plan(job.config)
                 job.folder.write_run(run)
                 tracker.start(run, numbers)
-                forget_errors(job.folder, set(todo["image_id"].to_pylist()))
-                _do_blocks(job, todo, plan, progress)
+                if before.failed:
+                    again = before.failed.intersection(todo["image_id"].to_pylist())
+                    forget_errors(job.folder, again, before.index)
+                needs = [plan.need, {"CPU": plan.decode_cpus, "memory": DECODE_MEMORY}]
+                with telling_of_waits(needs, moved=lambda: progress.last):
+                    _do_blocks(job, todo, plan, progress, before.index)
         state = "complete"
     except KeyboardInterrupt:
         state = "interrupted"
@@ -119,18 +146,15 @@ def _work(
         run["seconds"] = round(time.monotonic() - began, 3)
         run["images_per_s"] = round(progress.rate(), 3)
         if not len(todo) or job.folder.read_run() is not None:
-            _settle(job, run, progress, tracker, done_before)
+            _settle(job, run, progress, tracker, before)
 
 
 def _plan(config: LabelConfig | PredictConfig) -> Plan:
     """Actors that fit the cluster we are connected to. Raises: ValueError if none do."""
-    growing = cluster_address(config.ray) != "local"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    largest = {r: max((node.get(r, 0.0) for node in nodes), default=0.0) for r in ("CPU", "GPU")}
     actors = config.actors
     if config.device == "cpu" and actors.gpus is None:
         actors = override(actors, {"gpus": 0.0})
-    plan = plan_actors(actors, ray.cluster_resources(), growing, largest)
+    plan = plan_actors(actors, look_around(local=cluster_address(config.ray) == "local"))
     if config.device == "cuda" and not plan.gpus:
         fix = "set --actors.gpus, or --device cpu"
         raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))
@@ -138,14 +162,14 @@ def _plan(config: LabelConfig | PredictConfig) -> Plan:
 
 
 def _settle(
-    job: Job, run: dict[str, Any], progress: Progress, tracker: RunTracker, done_before: int
+    job: Job, run: dict[str, Any], progress: Progress, tracker: RunTracker, before: _Before
 ) -> None:
     """Mend what a crash may have left, count, write run.json, and end the MLflow run; never hides
     why work failed.
     """
     folder = job.folder
     try:
-        after = repair(folder, job.task.verb)
+        after = repair(folder, job.task.verb, before.index)
         for name in after.unlabelled:
             job.task.mend(folder, name, job.meta)
         run["counts"] = {
@@ -153,7 +177,7 @@ def _settle(
             "labelled": len(after.done),
             "quarantined": len(after.failed),
             "skipped_as_done": progress.skipped,
-            "labelled_now": len(after.done) - done_before,
+            "labelled_now": len(after.done) - before.done,
             **run.get("counts", {}),
         }
         folder.write_run(run)
@@ -166,18 +190,19 @@ def _settle(
         log.warning("run.json could not be written: %s", e)
 
 
-def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> None:
-    """Run the pipeline over the manifest rows `todo`, counting into `progress`.
+def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress, index: PartIndex) -> None:
+    """Run the pipeline over the manifest rows `todo`; `progress` and `index` are kept up with it.
 
     Raises: WorkError once more than `max_errors` images have failed.
     """
     quiet_ray_data()
     size = job.config.actors.in_flight
-    blocks = [
-        todo.take(pa.array(range(i, min(i + size, len(todo))))) for i in range(0, len(todo), size)
-    ]
+    blocks = [todo.slice(start, size) for start in range(0, len(todo), size)]
+    least, most = plan.pool(len(blocks))
     ledger = Ledger.start()
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # Not `from_arrow`: it starts a task for each block at once, whatever there is room for, which
+    # takes minutes for a million images, and a cluster that grows would start every node it may.
+    dataset = ray.data.from_blocks(blocks).map_batches(
         functools.partial(decode_block, max_px=job.config.max_pixels, ledger=ledger),
         batch_size=None,
         batch_format="pyarrow",
@@ -187,17 +212,23 @@ def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress) -> None
     )
     dataset = dataset.map_batches(
         ImageActor,
-        batch_size=None,
+        batch_size=size,  # None is refused where there are GPUs
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_constructor_args=(job, plan, ledger),
-        compute=ray.data.ActorPoolStrategy(min_size=plan.min_actors, max_size=plan.max_actors),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus,
+        resources=dict(plan.resources),
     )
+    saved = time.monotonic()
     try:
         for counts in dataset.iter_rows():
             progress.add(counts["labelled"], counts["failed"])
+            index.tell(Written(**part) for part in counts["written"])
+            if time.monotonic() - saved > INDEX_EVERY_S:
+                index.save(job.folder, look=True)
+                saved = time.monotonic()
             limit = job.config.max_errors
             if limit is not None and progress.failed > limit:
                 raise WorkError(

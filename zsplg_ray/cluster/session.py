@@ -1,8 +1,8 @@
 """Ray: where it comes from, and how much of it an actor takes.
 
-What enters: `RayConfig`, `ActorsConfig`. What leaves: a session that is shut down by whoever
-started it, and a `Plan` of actors that fits the cluster, or an error instead of the silent wait for
-resources that Ray would do.
+What enters: `RayConfig`, `ActorsConfig`, and the cluster as `nodes` sees it. What leaves: a session
+that is shut down by whoever started it, and a `Plan` of actors that fits the cluster, or an error
+instead of the silent wait for resources that Ray would do.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from zsplg_ray.cluster.headwatch import watched_head
+from zsplg_ray.cluster.loopback import loopback_only
+from zsplg_ray.cluster.nodes import Cluster, Node, room, standing_room, total
 from zsplg_ray.config import ActorsConfig, RayConfig
-from zsplg_ray.settings import complain
+from zsplg_ray.settings import WorkError, complain
+from zsplg_ray.signals import sigterm_kept
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +37,9 @@ def cluster_address(config: RayConfig) -> str:
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Use the running session if there is one, else connect or start Ray, and end it afterwards.
 
-    Raises: ValueError if the address cannot be reached.
+    Raises:
+        ValueError: The address cannot be reached.
+        WorkError: Ray cannot be started here.
     """
     if ray.is_initialized():
         yield
@@ -47,26 +55,41 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         if config.object_store_gib is not None:
             local["object_store_memory"] = int(config.object_store_gib * 2**30)
     try:
-        ray.init(
-            address=address,
-            log_to_driver=talk,
-            logging_level=logging.INFO if talk else logging.ERROR,
-            **local,  # type: ignore[arg-type]
-        )
-    except (ConnectionError, RuntimeError) as e:
-        fix = "start it with `ray start --head`, or leave it out to start Ray here"
-        raise ValueError(complain("ray.address", "a running Ray cluster", address, fix)) from e
+        with sigterm_kept(), loopback_only():
+            ray.init(
+                address=address,
+                log_to_driver=talk,
+                logging_level=logging.INFO if talk else logging.ERROR,
+                **local,  # type: ignore[arg-type]
+            )
+    except Exception as e:  # Ray raises plain Exceptions too, where its start takes too long
+        raise _no_session(address, e) from e
     try:
-        yield
+        with watched_head(ray.get_runtime_context().gcs_address):
+            yield
     finally:
         ray.shutdown()
+
+
+def _no_session(address: str, error: Exception) -> Exception:
+    """What to say of a Ray that cannot be connected to, or started."""
+    why = first_line(error)
+    if address == "local":
+        return WorkError(f"Ray could not be started here: {why}")
+    if isinstance(error, AuthenticationError):
+        rule = "a Ray cluster that takes our token"
+        fix = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
+    else:
+        rule = "a running Ray cluster"
+        fix = f"start it with `ray start --head`, or leave it out to start Ray here ({why})"
+    return ValueError(complain("ray.address", rule, address, fix))
 
 
 def quiet_ray_data() -> None:
     """No progress bars and no log of Ray Data, which are for its developers, unless we debug."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not log.isEnabledFor(logging.DEBUG):
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -78,59 +101,122 @@ class Plan:
     gpus: float
     cpus: float
     decode_cpus: float
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources of the nodes that an actor may stand on, amount by name."""
+    grows: bool = False
+    """Whether the cluster starts nodes for actors that have no place."""
 
     @property
     def threads(self) -> int:
         """Threads that torch may use in an actor; on a GPU they only feed it."""
         return max(1, math.floor(self.cpus))
 
+    @property
+    def need(self) -> dict[str, float]:
+        """What an actor asks of Ray."""
+        return {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+
+    def pool(self, blocks: int) -> tuple[int, int]:
+        """Fewest and most actors for so many blocks of work, of which each takes one at a time.
+
+        An actor without a place is what makes a cluster grow, and Ray Data only asks for as many
+        as there is room for: there the pool has its full size from the start.
+        """
+        most = max(1, min(self.max_actors, blocks))
+        return (most if self.grows else min(self.min_actors, most)), most
+
 
 def last_line(error: BaseException) -> str:
-    """Kind and last line of one of Ray's long messages."""
-    lines = str(error).strip().splitlines() or ["no message"]
+    """Kind and last line of one of Ray's long messages; of what our code raised, if it tells."""
+    text, advice, _ = str(error).partition("\nFailed to apply UDF transform")  # of Ray Data
+    chain = text.split("\nThe above exception was the direct cause of")
+    if len(chain) > 1 and "UserCodeException" in chain[-1]:
+        chain.pop()
+    lines = chain[-1].strip().splitlines() or ["no message"]
+    if advice:  # before it the last line of a traceback, such as `package.module.Kind: message`
+        return re.sub(r"^[\w.]*\.(?=\w+(:|$))", "", lines[-1])
     return f"{type(error).__name__}: {lines[-1]}"
 
 
-def plan_actors(
-    config: ActorsConfig,
-    resources: Mapping[str, float],
-    growing: bool,
-    largest: Mapping[str, float] | None = None,
-) -> Plan:
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def plan_actors(config: ActorsConfig, cluster: Cluster) -> Plan:
     """Fill in what `config` leaves open and check that the cluster can hold it.
 
-    Args:
-        config: The actors asked for.
-        resources: What the cluster has now: {"CPU": 8.0, "GPU": 2.0}.
-        growing: Whether it may grow (an autoscaler): then what is missing is only warned of.
-        largest: The most that one node has; an actor stands on one. None: there is one node.
+    Where the cluster grows, what counts are the nodes that it may come to have. Where these are
+    not known, what is missing is only warned of.
 
     Raises: ValueError that names the setting which does not fit.
     """
-    largest = largest or resources
-    have_cpus, have_gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    nodes = standing_room("actors.resources", config.resources, cluster)
+    have_cpus, have_gpus = total(cluster.nodes, "CPU"), total(nodes, "GPU")
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
     gpus = config.gpus if config.gpus is not None else float(have_gpus >= 1)
-    fitting = math.floor(have_gpus / gpus) if gpus else 1
+    fitting = room(nodes, {"GPU": gpus, **config.resources}) if gpus else 1
     most = config.max if config.max is not None else max(config.min, fitting)
-    decode = config.decode_cpus if growing else min(config.decode_cpus, max(have_cpus / 2, 0.01))
+    decode = config.decode_cpus
+    if cluster.known:
+        decode = min(decode, max(have_cpus / 2, 0.01))
     cpus = config.cpus
     if cpus is None:
-        share = min((have_cpus - decode) / most, largest.get("CPU", 0.0))
-        whole = float(math.floor(share)) if share >= 1 else 1.0 if growing else max(share, 0.01)
-        cpus = 0.0 if gpus else whole
-    plan = Plan(config.min, most, gpus, cpus, decode)
-    needs = [("actors.gpus", config.min * gpus, have_gpus, "GPUs", "the cluster's")]
-    needs += [("actors.cpus", config.min * cpus + decode, have_cpus, "CPUs", "the cluster's")]
-    needs += [("actors.gpus", gpus, largest.get("GPU", 0.0), "GPUs", "the largest node's")]
-    needs += [("actors.cpus", cpus, largest.get("CPU", 0.0), "CPUs", "the largest node's")]
+        free = min(have_cpus - decode, total(nodes, "CPU"))
+        cpus = 0.0 if gpus else _share(nodes, most, min(free / most, largest), cluster.known)
+    plan = Plan(config.min, most, gpus, cpus, decode, config.resources, cluster.grows)
+    _check(plan, nodes, cluster)
+    _tell(config, plan, cluster)
+    return plan
+
+
+def _share(nodes: Sequence[Node], num: int, share: float, known: bool) -> float:
+    """CPUs of each of `num` actors: as many whole ones as fit into its share, else a part of one
+    (or one, where there may be nodes that are not known).
+    """
+    if share < 1:
+        return max(share, 0.01) if known else 1.0
+    whole = range(math.floor(share), 1, -1)
+    return float(next((n for n in whole if room(nodes, {"CPU": n}) >= num), 1))
+
+
+def _check(plan: Plan, nodes: Sequence[Node], cluster: Cluster) -> None:
+    """The actors that must run find room on `nodes`, each on one. Raises: ValueError."""
+    least, cpus, gpus = plan.min_actors, plan.cpus, plan.gpus
+    whose = "the cluster's"
+    needs = [("actors.gpus", least * gpus, total(nodes, "GPU"), "GPUs", whose)]
+    asked_cpus = least * cpus + plan.decode_cpus
+    needs += [("actors.cpus", asked_cpus, total(cluster.nodes, "CPU"), "CPUs", whose)]
+    for name, need, unit in (("actors.gpus", gpus, "GPUs"), ("actors.cpus", cpus, "CPUs")):
+        largest = max((node.get(unit[:-1], 0.0) for node in nodes), default=0.0)
+        needs += [(name, need, largest, unit, "the largest node's")]
+    fits = room(nodes, plan.need)
+    needs += [("actors.min", least, fits, "actors", "the")]
     for name, need, have, unit, whose in needs:
         if need <= have + 1e-9:
             continue
         asked = f"{need:g} {unit}"
         if whose == "the cluster's":
-            asked += f" in all ({config.min} actors and one image-reading task)"
-        if not growing:
+            asked += f" in all ({least} actors and one image-reading task)"
+        if cluster.known:
             fix = f"lower {name}, actors.min or actors.decode_cpus, or add a node"
-            raise ValueError(complain(name, f"within {whose} {have:g} {unit}", asked, fix))
+            where = " that find room, each on one node" if unit == "actors" else ""
+            raise ValueError(complain(name, f"within {whose} {have:g} {unit}{where}", asked, fix))
         log.warning("%s: %s asked for, %g there now; waiting for the cluster", name, asked, have)
-    return plan
+
+
+def _tell(config: ActorsConfig, plan: Plan, cluster: Cluster) -> None:
+    """What was planned on a cluster that grows, in one line, and how to change it."""
+    if not cluster.grows:
+        return
+    each = f"{plan.gpus:g} GPU" if plan.gpus else f"{plan.cpus:g} CPU"
+    told = f"up to {plan.max_actors} actors of {each} on a cluster that grows"
+    if cluster.known:
+        log.info("%s from %d to %d nodes", told, len(cluster.up), len(cluster.nodes))
+        return
+    guessed = [("actors.gpus", config.gpus, "1"), ("actors.max", config.max, "N")]
+    left = " ".join(f"--{name} {value}" for name, given, value in guessed if given is None)
+    if left:
+        why = "which nodes it may start is not known here, so this follows from those that are up"
+        log.warning("%s; %s: set %s to have it start more", told, why, left)

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 from ray.train import (
     CheckpointConfig,
@@ -41,6 +40,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
+from zsplg_ray.cluster.nodes import look_around
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.train import Tracker, send_finished
@@ -58,6 +58,7 @@ from zsplg_ray.cluster.trainrun import (
     sweep,
     write_training,
 )
+from zsplg_ray.cluster.waiting import telling_of_waits
 from zsplg_ray.cluster.watch import Watcher, duration
 from zsplg_ray.cluster.worker import Job, Keeper, Stopped, work
 from zsplg_ray.config import TrainConfig
@@ -224,9 +225,8 @@ def _work(
 
 def _crew(config: TrainConfig) -> Crew:
     """Workers that fit the cluster we are connected to. Raises: ValueError if none do."""
-    growing = cluster_address(config.ray) != "local"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return plan_crew(config.workers, nodes, config.device, growing)
+    cluster = look_around(local=cluster_address(config.ray) == "local")
+    return plan_crew(config.workers, cluster, config.device)
 
 
 def _begin(job: Job, run: dict[str, Any], crew: Crew, watcher: Watcher) -> None:
@@ -274,7 +274,7 @@ def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
         run_config=RunConfig(
             name=job.attempt,
             storage_path=f"{folder.path}/{CHECKPOINTS}",
-            storage_filesystem=folder.fs,
+            storage_filesystem=folder.plain_fs,
             failure_config=FailureConfig(max_failures=job.config.workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             callbacks=[Keeper(folder, job.attempt), *callbacks],
@@ -282,7 +282,8 @@ def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
         ),
     )
     try:
-        with _ctrl_c_is_an_error():
+        waits = telling_of_waits([crew.resources], functools.partial(_reached, folder))
+        with waits, _ctrl_c_is_an_error():
             trainer.fit()
     except ControllerError as e:
         cause = e.controller_failure
@@ -291,6 +292,14 @@ def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
         raise WorkError(last_line(cause)) from e
     except (TrainingFailedError, RayError) as e:
         raise WorkError(_why(e)) from e
+
+
+def _reached(folder: RunFolder) -> object:
+    """Something that changes whenever training gets on."""
+    with contextlib.suppress(OSError, ValueError):
+        found = read_training(folder)
+        return found and (len(found["history"]), len(found.get("failures", [])))
+    return None
 
 
 def _why(error: BaseException) -> str:

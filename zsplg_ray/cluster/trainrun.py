@@ -44,6 +44,7 @@ CHECKPOINTS = "checkpoints"
 STATE, STUDENT = "state.pt", "student.pt"
 
 _UNFINISHED = re.compile(r"_.+\.[0-9a-f]{32}")
+_CHECKPOINT = re.compile(r"[\w-]+/step-\d+", re.ASCII)
 _WEIGHTS = ("student.", "augment.", "unimatch.", "fusion.", "optim.", "train.")
 NOT_IN_WEIGHTS = {
     "student.init",
@@ -195,11 +196,20 @@ def start_of(folder: RunFolder, run: Mapping[str, Any]) -> str | None:
     """
     if run["last"] is None:
         return None
+    _check_name(folder, run["last"]["checkpoint"])
     path = f"{folder.path}/{CHECKPOINTS}/{run['last']['checkpoint']}"
     if folder.fs.get_file_info(f"{path}/{STATE}").type != pafs.FileType.File:
         fix = "restore it, or train anew with another --out"
         raise ValueError(complain("out", "a folder with its last checkpoint", path, fix))
     return run["last"]["checkpoint"]
+
+
+def _check_name(folder: RunFolder, checkpoint: Any) -> None:
+    """Raise ValueError for a checkpoint outside the folder, which no run has written."""
+    if not isinstance(checkpoint, str) or not _CHECKPOINT.fullmatch(checkpoint):
+        rule, fix = "named ATTEMPT/step-N", "restore train.json, or use another --out"
+        shown = f"{checkpoint} in {folder.uri}"
+        raise ValueError(complain("last checkpoint", rule, shown, fix))
 
 
 # Attempts ----------------------------------------------------------------------------------------
@@ -273,6 +283,7 @@ def put_models(folder: RunFolder, run: Mapping[str, Any]) -> None:
     """last.pt, and best.pt where the last checkpoint is the best; may be done again at any time."""
     if run["last"] is None:
         return
+    _check_name(folder, run["last"]["checkpoint"])
     source = f"{CHECKPOINTS}/{run['last']['checkpoint']}/{STUDENT}"
     names = ["best.pt"] if run["best"]["step"] == run["last"]["step"] else []
     for name in (*names, "last.pt"):

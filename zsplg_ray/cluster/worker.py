@@ -102,7 +102,7 @@ def _saved(job: Job) -> dict[str, Any] | None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None and job.start is not None:
         path = f"{job.folder.path}/{CHECKPOINTS}/{job.start}"
-        checkpoint = ray.train.Checkpoint(path, filesystem=job.folder.fs)
+        checkpoint = ray.train.Checkpoint(path, filesystem=job.folder.plain_fs)
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:

@@ -26,6 +26,8 @@ import numpy as np
 import pyarrow as pa
 from pycocotools import mask as coco
 
+from zsplg_ray.images import MOST_PX
+from zsplg_ray.records import SEGMENT
 from zsplg_ray.settings import complain
 
 
@@ -54,6 +56,9 @@ class Segments:
     def __post_init__(self) -> None:
         if len(self.size_hw) != 2 or min(self.size_hw) < 1:
             raise ValueError(complain("size_hw", "two sizes >= 1", self.size_hw, "check the image"))
+        if self.size_hw[0] * self.size_hw[1] > MOST_PX:
+            rule = f"of at most {MOST_PX} pixels"
+            raise ValueError(complain("size_hw", rule, self.size_hw, "check the image"))
         n = len(self.rle)
         _check_array("box_xyxy", self.box_xyxy, np.int32, (n, 4))
         _check_array("area_px", self.area_px, np.int64, (n,))
@@ -124,7 +129,7 @@ class Segments:
         )
 
     @classmethod
-    def from_arrow(cls, structs: pa.StructArray, size_hw: tuple[int, int]) -> Segments:
+    def from_arrow(cls, structs: pa.StructArray | None, size_hw: tuple[int, int]) -> Segments:
         """Build from one image's entry of the `segments` column, without a Python object a number.
 
         Args:
@@ -132,8 +137,10 @@ class Segments:
             size_hw: height and width of the image.
 
         Raises:
-            ValueError: values that contradict each other.
+            ValueError: values of other types, or missing, or that contradict each other.
         """
+        _check_structs(structs, size_hw)
+        assert structs is not None
         embedding = structs.field("embedding")
         return cls(
             size_hw=size_hw,
@@ -261,7 +268,8 @@ def rle_runs(rle: bytes, n_px: int) -> np.ndarray:
     run_N -= np.where(group[last] & 16, np.int64(1) << (5 * length), 0)
     run_N[1::2] = np.cumsum(run_N[1::2])
     run_N[2::2] = np.cumsum(run_N[2::2])
-    if run_N.min() < 0 or run_N.sum() != n_px:
+    # No run may exceed the image either: the sum of huge ones wraps around, and may be right.
+    if run_N.min() < 0 or run_N.max() > n_px or run_N.sum() != n_px:
         got = f"counts from {run_N.min()} that add up to {run_N.sum()}"
         raise ValueError(complain("rle", f"runs of {n_px} pixels in all", got, "label again"))
     return run_N
@@ -315,6 +323,29 @@ def decode_mask(rle: bytes, size_hw: tuple[int, int]) -> np.ndarray:
 def _nearest(n_new: int, n_old: int) -> np.ndarray:
     """Old index under the centre of each new pixel, in whole numbers so that no rounding enters."""
     return (2 * np.arange(n_new) + 1) * n_old // (2 * n_new)
+
+
+def _check_structs(structs: pa.StructArray | None, size_hw: tuple[int, int]) -> None:
+    """Raise ValueError unless they are what `records.segments_schema` says, with nothing missing
+    but embeddings, and those in all or none."""
+    fix = "label again"
+    if structs is None or None in size_hw:
+        raise ValueError(complain("segments", "a list and a size", "nothing", fix))
+    kind = structs.type
+    theirs = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+    if not {field.name: field.type for field in SEGMENT}.items() <= theirs.items():
+        raise ValueError(complain("segments", f"a list of {SEGMENT}", kind, fix))
+    embedding = theirs.get("embedding")
+    fixed = embedding if embedding and pa.types.is_fixed_size_list(embedding) else None
+    if fixed is None or fixed.value_type != pa.float16():
+        rule = "fixed_size_list of float16"
+        raise ValueError(complain("embedding of segments", rule, embedding, fix))
+    for name in theirs:
+        column = structs.field(name)
+        values = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+        missing = column.null_count or values.null_count
+        if missing and not (name == "embedding" and column.null_count == len(column)):
+            raise ValueError(complain(f"{name} of segments", "given", f"{missing} missing", fix))
 
 
 def _check_array(name: str, array: np.ndarray, dtype: type, shape: tuple[int | None, ...]) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import json
 import logging
 import pickle
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable
@@ -20,16 +22,16 @@ from typing import Any
 
 import open_clip
 import pyarrow as pa
-import pyarrow.fs as pafs
 import torch
 from filelock import FileLock
+from open_clip.factory import get_model_config
 from safetensors.torch import load_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
 from zsplg_ray.config import ClipConfig, LabelConfig, SamConfig
 from zsplg_ray.settings import complain, nearest, override
-from zsplg_ray.storage import cache_dir
+from zsplg_ray.storage import Place, cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +80,14 @@ def fetch(url: str, to: Path, sha256: str | None, size: int | None = None) -> Pa
     """Bring a file here once; processes that ask at the same time wait for the first.
 
     Args:
-        url: https://, s3://, gs:// or file:// address.
+        url: https://, s3://, gs:// or file:// address; http:// only of this machine.
         to: Where the file is kept.
         sha256: What its hash must be; None accepts any.
         size: Its size in bytes, to be told before the download starts.
 
     Raises: ValueError if it cannot be fetched or its hash is another; no part of it is kept.
     """
+    refuse_plain_http(url)
     to.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{to}.lock"):
         if to.exists():
@@ -108,17 +111,25 @@ def fetch(url: str, to: Path, sha256: str | None, size: int | None = None) -> Pa
     return to
 
 
+def refuse_plain_http(url: str) -> None:
+    """Raise ValueError if others on the way could put another file in the place of this one."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+        fix = "nobody can tell then whose weights come; download it yourself and check its hash"
+        raise ValueError(complain("sam.checkpoint", "an https:// address", url, fix))
+
+
 def _copy(url: str, to: Path) -> None:
-    if url.startswith(("http://", "https://")):
+    if url.lower().startswith(("http://", "https://")):
         with urllib.request.urlopen(url, timeout=60) as source, to.open("wb") as sink:
+            refuse_plain_http(source.geturl())  # where redirects have led
             while block := source.read(2**20):
                 sink.write(block)
             told, got = source.headers.get("Content-Length"), sink.tell()
         if told is not None and int(told) != got:
             raise OSError(f"cut short after {got} of {told} bytes")
         return
-    fs, path = pafs.FileSystem.from_uri(url)
-    with fs.open_input_stream(path) as source, to.open("wb") as sink:
+    with Place.parse(url).open() as source, to.open("wb") as sink:
         while block := source.read(2**20):
             sink.write(block)
 
@@ -267,6 +278,15 @@ def clip_source(config: ClipConfig) -> tuple[str, str | None]:
     return model, pretrained if pretrained in tags else str(Path(pretrained).expanduser())
 
 
+def _refuse_code(name: str) -> None:
+    """Raise ValueError if what describes a model asks to run code that comes with it."""
+    if name.startswith(("hf-hub:", "local-dir:")):
+        described = get_model_config(name) or {}
+        if "trust_remote_code" in json.dumps(described):
+            rule, fix = "a model without code of its own", "only weights are read, never code"
+            raise ValueError(complain("clip.model", rule, name, fix))
+
+
 def load_clip(config: ClipConfig, device: str = "cpu") -> tuple[Any, Any]:
     """(open_clip model in eval mode, tokenizer).
 
@@ -276,6 +296,7 @@ def load_clip(config: ClipConfig, device: str = "cpu") -> tuple[Any, Any]:
     if pretrained is not None and not Path(pretrained).is_file():
         log.info("CLIP %s: open_clip downloads it from its hub unless it is cached", config.model)
     try:
+        _refuse_code(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = open_clip.create_model(

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Okabe and Ito's, without the yellow, which white paper swallows."""
@@ -269,6 +270,9 @@ def _legend_above(figure: Figure, ax: Axes) -> None:
 
 
 def _png(figure: Figure) -> bytes:
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)  # a dollar in the name of a class begins no formula
     out = io.BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

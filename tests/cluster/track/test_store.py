@@ -19,7 +19,7 @@ def test_where_runs_are_tracked(tmp_path, monkeypatch, caplog):
     here, there = RunFolder(str(tmp_path / "run")), RunFolder("s3://bucket/run?region=x")
     assert store_uri(MlflowConfig(), here) == f"sqlite:///{tmp_path}/run/mlflow.db"
     assert store_uri(MlflowConfig(), there) == f"sqlite:///{tmp_path}/mlflow.db"
-    assert "./mlflow.db" in caplog.text
+    assert f"{tmp_path}/mlflow.db; give --mlflow.uri" in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert store_uri(MlflowConfig(), here) == "http://mlflow:5000"
     assert store_uri(MlflowConfig(uri="http://other"), here) == "http://other"

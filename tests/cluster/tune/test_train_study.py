@@ -10,6 +10,7 @@ import yaml
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from zsplg_ray.cluster.nodes import Cluster
 from zsplg_ray.cluster.trainrun import describe_training
 from zsplg_ray.cluster.tune.train import base_config, plan_room
 from zsplg_ray.cluster.tune.train_report import summary, trial_line, tuned_header, tuned_values
@@ -262,7 +263,7 @@ CPU8, CPU2, GPUS = {"CPU": 8.0}, {"CPU": 2.0}, {"CPU": 32.0, "GPU": 4.0}
     ],
 )
 def test_as_many_trials_at_once_as_there_is_room_for(nodes, changes, at_once, num, cpus, gpus):
-    crew, found = plan_room(config(**changes), nodes, growing=False)
+    crew, found = plan_room(config(**changes), Cluster(tuple(nodes)))
     assert (found, crew.num, crew.cpus, crew.gpus) == (at_once, num, cpus, gpus)
 
 
@@ -276,7 +277,7 @@ def test_as_many_trials_at_once_as_there_is_room_for(nodes, changes, at_once, nu
 )
 def test_trials_that_find_no_room_are_refused(changes, told):
     with pytest.raises(ValueError, match=told) as caught:
-        plan_room(config(**changes), [CPU8], growing=False)
+        plan_room(config(**changes), Cluster((CPU8,)))
     assert "\n" not in str(caught.value)
 
 

@@ -285,8 +285,10 @@ def store_uri(config: MlflowConfig, folder: RunFolder) -> str | None:
             return f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
         return uri
     if not folder.local:
-        log.info("%s is no place for a database: MLflow runs are in ./mlflow.db", folder.uri)
-        return f"{_SQLITE}{Path('mlflow.db').absolute()}"
+        here = Path("mlflow.db").absolute()
+        told = "%s is no place for a database: MLflow runs are in %s; give --mlflow.uri where they "
+        log.info(f"{told}must outlive this machine", masked(folder.uri), here)
+        return f"{_SQLITE}{here}"
     return f"{_SQLITE}{folder.path}/mlflow.db"
 
 

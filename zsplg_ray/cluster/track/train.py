@@ -254,7 +254,7 @@ def send_finished(
     tracker = Tracker.of(config, folder, run, tags)
     if not tracker.on or not (wanted or (known and not known.get("whole", True))):
         return
-    whole = tracker.finish(run, folder.read_bytes(run.get("preview") or "preview.png"))
+    whole = tracker.finish(run, folder.read_bytes("preview.png"))  # whatever train.json names
     tracker.note(run, whole)
     write_training(folder, run)
 

@@ -53,6 +53,7 @@ from zsplg_ray.label.space import Limits, check_over, compose_space
 from zsplg_ray.label.sweep import Sweep
 from zsplg_ray.masks import open_truth
 from zsplg_ray.runinfo import recorded
+from zsplg_ray.safe_text import public_values, without_credentials
 from zsplg_ray.settings import WorkError, complain
 
 __all__ = ["summary", "tune_labels"]
@@ -196,6 +197,7 @@ class _Study:
         run = candidate.run
         links = {"truth": self.config.truth, "segments": run["fingerprint"]}
         links |= {"labels": run["labels_fingerprint"], "labels_folder": candidate.folder.uri}
+        links = public_values(links)
         links["classes"] = ", ".join(candidate.classes.names)
         study = {
             "id": study_id,
@@ -256,8 +258,8 @@ class _Study:
             "verb": "tune labels",
             "state": "complete",
             "version": __version__,
-            "folder": candidate.folder.uri,
-            "truth": self.config.truth,
+            "folder": without_credentials(candidate.folder.uri),
+            "truth": without_credentials(self.config.truth),
             "config": recorded(self.config),
             "fingerprint": candidate.run["fingerprint"],
             "labels_fingerprint": candidate.run["labels_fingerprint"],

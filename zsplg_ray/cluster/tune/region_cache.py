@@ -164,15 +164,17 @@ def _cached(folder: RunFolder, name: str) -> dict[str, Regions]:
         return {row["image_id"]: Regions.from_row(row) for row in rows}
     except FileNotFoundError:
         return {}
-    except (OSError, pa.ArrowException, ValueError, KeyError) as e:
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, OverflowError) as e:
         log.debug("regions/%s.parquet is of no use (%s): counted again", name, e)
         return {}
 
 
 def _fits(regions: Regions, segments: Segments, truth_HW: np.ndarray, n_classes: int) -> bool:
-    """Whether kept regions are what `cut` would give."""
+    """Whether kept regions are what `cut` would give; compiled loops rest on the sizes."""
     return (
-        regions.truth_sha256 == truth_sha256(truth_HW)
+        regions.size_hw == segments.size_hw
+        and regions.n_segments == len(segments)
+        and regions.truth_sha256 == truth_sha256(truth_HW)
         and regions.segments_sha256 == segments_sha256(segments)
         and int(regions.count_class.max(initial=0)) < n_classes
     )

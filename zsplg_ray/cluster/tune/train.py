@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ray.tune.error import TuneError
 
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
+from zsplg_ray.cluster.nodes import Cluster, look_around
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.store import OFF, PREFIX
 from zsplg_ray.cluster.track.study import StudyTracker
@@ -163,33 +163,29 @@ def room(config: TuneTrainConfig) -> tuple[Crew, int]:
 
     Raises: ValueError if not one finds room, or not as many as are asked for.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    growing = cluster_address(config.ray) != "local"
-    return plan_room(config, nodes, growing)
+    return plan_room(config, look_around(local=cluster_address(config.ray) == "local"))
 
 
-def plan_room(
-    config: TuneTrainConfig, nodes: list[Mapping[str, float]], growing: bool
-) -> tuple[Crew, int]:
-    """`room` on such nodes; `growing`: whether more may come."""
+def plan_room(config: TuneTrainConfig, cluster: Cluster) -> tuple[Crew, int]:
+    """`room` on such a cluster."""
     workers = config.workers
     num = workers.num or workers.min or 1
-    alone = plan_crew(replace(workers, num=num), nodes, config.device, growing)
+    alone = plan_crew(replace(workers, num=num), cluster, config.device)
     asked = config.search.concurrent
     if asked is None:
         fitting = num
         if alone.gpus:
             sized = replace(workers, num=None, cpus=0.0, min=None)
-            fitting = plan_crew(sized, nodes, config.device, growing).num
+            fitting = plan_crew(sized, cluster, config.device).num
         elif workers.cpus:  # nothing else says how many where there are no GPUs
-            fitting = sum(int(n.get("CPU", 0.0) / workers.cpus + 1e-9) for n in nodes)
+            fitting = sum(int(n.get("CPU", 0.0) / workers.cpus + 1e-9) for n in cluster.up)
         at_once = max(1, fitting // num)
     else:
         at_once = asked
     at_once = min(at_once, config.trials)
     together = replace(workers, num=num * at_once, min=None)
     try:
-        crew = plan_crew(together, nodes, config.device, growing)
+        crew = plan_crew(together, cluster, config.device)
     except ValueError as e:
         rule = "as many trials as the cluster has room for"
         raise ValueError(complain("search.concurrent", rule, at_once, f"lower it ({e})")) from e
@@ -258,7 +254,7 @@ def _search(
         run_config=tune.RunConfig(
             name=_ray_tune(study),
             storage_path=study.folder.path,
-            storage_filesystem=study.folder.fs,
+            storage_filesystem=study.folder.plain_fs,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # it has its own
             failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
             callbacks=[Ears(study, not config.quiet, ended)],

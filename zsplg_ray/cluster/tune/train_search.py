@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from zsplg_ray.cluster.session import last_line
 from zsplg_ray.cluster.tune.left_behind import remove_left_behind
 from zsplg_ray.cluster.tune.train_report import trial_line
 from zsplg_ray.cluster.tune.train_space import Dim, propose
@@ -216,7 +214,9 @@ class Ears(Callback):
 
 
 def _why(trial: Any) -> str:
-    """What Ray says of the end of a trial's process."""
-    with contextlib.suppress(Exception):  # no such file, no path, or nothing we can unpickle
-        return last_line(pickle.loads(Path(trial.pickled_error_file).read_bytes()))
+    """What Ray says of the end of a trial's process: the last line of the text that it keeps, for
+    the pickle beside it, unpickled, may run code."""
+    with contextlib.suppress(Exception):  # no such file, or no path
+        lines = Path(trial.error_file).read_text(encoding="utf-8", errors="replace").split("\n")
+        return next(line.strip() for line in reversed(lines) if line.strip())[:300]
     return "nobody knows why"

@@ -1,0 +1,42 @@
+"""SIGTERM ends a verb as Ctrl-C does: what is finished is written down, and the exit code is 130.
+
+What enters and leaves: nothing; these are contexts. Ray, Slurm and Kubernetes stop a job by
+SIGTERM, whose own way is to end a process on the spot; and `ray.init` puts in a handler that only
+exits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt; in another thread than the main one nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """A handler of SIGTERM that the program has set outlives what is called in here."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
