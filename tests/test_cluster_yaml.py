@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import re
 import shlex
+import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jsonschema
@@ -47,6 +49,10 @@ def check_ours(config: dict) -> None:
         assert types[name]["resources"]["GPU"] >= 1, f"{name} has no GPU"
     assert "InstanceMarketOptions" in types["label"]["node_config"], "label nodes are spot"
     assert "InstanceMarketOptions" not in types["train"]["node_config"], "train nodes are not"
+    profiles = {
+        name: what["node_config"]["IamInstanceProfile"]["Arn"] for name, what in types.items()
+    }
+    assert all(profiles[name] != profiles[head] for name in workers), "workers start no nodes"
     for starts in ("head_start_ray_commands", "worker_start_ray_commands"):
         command = config[starts][-1]
         assert "RAY_AUTH_MODE=token" in command, f"{starts}: nobody is asked for a token"
@@ -104,6 +110,11 @@ def test_ray_would_refuse_a_broken_copy(path, value):
         ("available_node_types/train/node_config/InstanceMarketOptions", {}, "train nodes"),
         ("worker_start_ray_commands", ["ulimit -n 65535; ray start"], "token"),
         ("file_mounts", {}, "nodes get no token"),
+        (
+            "available_node_types/label/node_config/IamInstanceProfile/Arn",
+            "arn:aws:iam::ACCOUNT:instance-profile/zsplg-head",
+            "workers start no nodes",
+        ),
     ],
 )
 def test_we_would_refuse_a_broken_copy(path, value, told):
@@ -111,6 +122,55 @@ def test_we_would_refuse_a_broken_copy(path, value, told):
     jsonschema.validate(config, SCHEMA)
     with pytest.raises(AssertionError, match=told):
         check_ours(config)
+
+
+@pytest.mark.parametrize("name", ["head", "decode", "label", "train"])
+def test_no_node_is_left_without_a_role(name):
+    """Ray gives a default to the head alone, and that one may start no node that has a role."""
+    path = f"available_node_types/{name}/node_config/IamInstanceProfile"
+    with pytest.raises(KeyError, match="IamInstanceProfile"):
+        check_ours(broken(path, None))
+    comments = CLUSTER.read_text().partition("cluster_name:")[0]
+    assert all(right in comments for right in ("iam:PassRole", "ssm:GetParameters", "s3:GetObject"))
+
+
+def shell_commands(config: dict) -> list[str]:
+    """All that a node's shell gets, in brackets as Ray puts it."""
+    found = [c for name, what in config.items() if name.endswith("_commands") for c in what]
+    return [f"({command})" for command in found]
+
+
+def syntax_error(command: str) -> str:
+    return subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True).stderr
+
+
+def test_a_shell_takes_each_command_as_yaml_leaves_it():
+    commands = shell_commands(cluster())
+    assert len(commands) >= 10
+    for command in (*commands, job()["spec"]["entrypoint"]):
+        assert not syntax_error(command), command
+    assert any("zsplg-venv' ~/.bashrc" in command for command in commands)
+    cut = yaml.safe_load("- grep -q a b || sed '1i A  # a' b")[0]  # a comment, for YAML
+    assert "unexpected EOF" in syntax_error(cut)
+
+
+def test_apt_asks_nobody():
+    (apt,) = [command for command in shell_commands(cluster()) if "apt-get install" in command]
+    assert "DEBIAN_FRONTEND=noninteractive NEEDRESTART_MODE=a apt-get install" in apt
+
+
+def test_nodes_get_the_package_whole_and_no_data():
+    """The patterns as rsync takes them: `**` goes across folders, and none at all."""
+
+    def stays(path: str) -> bool:
+        return any(fnmatch(f"/{path}", p.replace("**", "*")) for p in cluster()["rsync_exclude"])
+
+    package = [p for p in (ROOT / "zsplg_ray").rglob("*") if "__pycache__" not in p.parts]
+    ours = [p.relative_to(ROOT).as_posix() for p in package if p.is_file()]
+    assert any(p.endswith(".safetensors") for p in ours)
+    assert not [p for p in (*ours, "pyproject.toml", "README.md") if stays(p)]
+    data = ("photos/a.jpg", "sam_vit_h.pth", "run/segments/a.parquet", "run/labels/a.parquet")
+    assert all(stays(p) for p in data)
 
 
 @pytest.mark.parametrize("path", [CLUSTER, JOB])
@@ -282,3 +342,10 @@ def test_the_entrypoint_is_a_command_of_ours_that_asks_for_a_group_there_is():
     assert list(config.actors.resources) == ["label_node"] and config.actors.gpus == 1
     groups = {g["groupName"]: g for g in spec["rayClusterSpec"]["workerGroupSpecs"]}
     assert config.actors.max == groups["label"]["maxReplicas"]
+
+
+def test_what_is_told_of_train_uses_a_pod_whole():
+    groups = {g["groupName"]: g for g in job()["spec"]["rayClusterSpec"]["workerGroupSpecs"]}
+    pod = groups["train"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    told = re.search(r"--workers\.cpus (\d+)", JOB.read_text())
+    assert told and int(told[1]) == int(pod["cpu"]) // pod["nvidia.com/gpu"]

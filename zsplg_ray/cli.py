@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zsplg_ray import __version__, config, flags
 from zsplg_ray.safe_text import MAX_CHARS, SafeFormatter, masked, one_line, shortened
 from zsplg_ray.settings import Section, WorkError, complain, nearest, setting_types
-from zsplg_ray.signals import sigterm_interrupts
+from zsplg_ray.signals import Terminated, sigterm_interrupts
 
 if TYPE_CHECKING:
     from zsplg_ray.cluster.submit.follow import Follower
@@ -130,8 +130,8 @@ def submit(given: config.SubmitConfig, command: Command) -> int:
     try:
         ended = follower.watch()
         code = follow.exit_code(ended)
-    except KeyboardInterrupt:
-        return _leave_or_stop(made, follower)
+    except KeyboardInterrupt as e:
+        return _leave_or_stop(made, follower, ask=not isinstance(e, Terminated))
     if given.json:
         print(json.dumps(made.told(ended.status.value, code)))
     if why := follow.why_failed(ended):
@@ -140,11 +140,11 @@ def submit(given: config.SubmitConfig, command: Command) -> int:
     return code
 
 
-def _leave_or_stop(made: Job, follower: Follower) -> int:
-    """Ctrl-C while a job is followed: it is stopped if the user says so, else left alone."""
+def _leave_or_stop(made: Job, follower: Follower, *, ask: bool) -> int:
+    """Interrupted while a job is followed: it is stopped if the user says so, else left alone."""
     told = f"{made.job_id} goes on"
     with contextlib.suppress(KeyboardInterrupt):  # a second one: no
-        if sys.stdin.isatty():
+        if ask and sys.stdin.isatty():
             print(f"\nstop {made.job_id}? [y/N] ", end="", file=sys.stderr, flush=True)
             if sys.stdin.readline().strip().lower() in ("y", "yes"):
                 made.client.stop_job(made.job_id)
@@ -282,8 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as e:
         print(f"error: {_on_one_line(e)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; {_AFTER.get(verb, _AGAIN)}", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"interrupted; {e if e.args else _AFTER.get(verb, _AGAIN)}", file=sys.stderr)
         return 130
     except (WorkError, OSError) as e:  # OSError: a full disk, a folder that may not be written
         log.debug("what failed", exc_info=True)
@@ -296,7 +296,7 @@ _AFTER = {
     "tune train": "what is finished is kept, the same command with --resume goes on",
     SUBMIT: "no job was submitted",
 }
-"""What an interrupted verb has left."""
+"""What an interrupted verb has left, if the interruption does not tell it."""
 
 
 def _take_verb(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from zsplg_ray.part_index import PartIndex
 from zsplg_ray.rundir import COMMITS, KINDS, Kind, RunFolder, Verb
+from zsplg_ray.safe_text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def part_ids(folder: RunFolder, kind: Kind, index: PartIndex | None = None) -> d
             torn = isinstance(e, pa.ArrowInvalid) or (folder.local and e.errno is None)
             if not torn:
                 raise  # the storage failed, not the file
-            log.warning("%s/%s.parquet is not readable (%s): removed", kind, name, e)
+            log.warning("%s/%s.parquet is not readable (%s): removed", kind, name, one_line(str(e)))
             folder.delete_part(kind, name)
             return None
 
@@ -149,12 +150,18 @@ def _repair_errors(folder: RunFolder, drop: Callable[[str], bool], index: PartIn
     """Drop errors rows that `drop` names or that stand twice; the ids that are left."""
     parts = part_ids(folder, "errors", index)
     kept: set[str] = set()
+    changed: dict[str, list[bool]] = {}
     for name, ids in parts.items():
         wanted = [i for i in ids if not drop(i)]
         first = iter(_first_time(wanted, kept))
         keep = [not drop(i) and next(first) for i in ids]
         if not all(keep):
-            _keep_rows(folder, "errors", name, parts, keep, index)
+            changed[name] = keep
+
+    def mend(name: str) -> None:
+        _keep_rows(folder, "errors", name, parts, changed[name], index)
+
+    folder.map_parts(list(changed), mend)  # there may be one for each image that has failed
     return kept
 
 

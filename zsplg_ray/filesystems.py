@@ -28,6 +28,7 @@ from urllib.parse import parse_qs
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from zsplg_ray.safe_text import masked
 from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ _CREDENTIALS = (
     "MISSING_AUTHENTICATION|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2 access|"
     "HTTP status 40[0135]|Unauthorized|Forbidden"
 )
+_USELESS = (
+    "INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT|INVALID_CLIENT_TOKEN|EXPIRED|Expired|"
+    "MISSING_AUTHENTICATION|UNRECOGNIZED_CLIENT|UNAUTHENTICATED|OAuth2 access|Unauthorized"
+)
+"""Those of them that open nothing."""
 _FOR_GOOD = (
     (
         r"NO_SUCH_BUCKET|[Bb]ucket '[^']*' (not found|does not exist)",
@@ -79,6 +85,9 @@ _ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExists
 
 class StoreError(OSError):
     """A store failed for good, or for longer than we wait."""
+
+    everything = False
+    """Whether no other file of the store could be read either."""
 
 
 class BadAddress(StoreError, ValueError):
@@ -201,7 +210,20 @@ class Store:
             return None
         bad = not self.worked or found is _FOR_GOOD[0]
         text = complain("address", rule, f"{self.scheme}://{path} ({_short(error)})", fix)
-        return BadAddress(text) if bad else StoreError(text)
+        made = BadAddress(text) if bad else StoreError(text)
+        made.everything = found not in _FOR_GOOD[:2] and self._fails_wholly(told, path)
+        return made
+
+    def _fails_wholly(self, told: str, path: str) -> bool:
+        """Whether the store itself fails or lets nobody in, rather than refuse one file."""
+        if re.search(_USELESS, told) or _ABSENT.search(told):
+            return True
+        try:  # a failure of one file often comes without a reason, so the bucket is asked
+            self.plain.get_file_info(path.partition("/")[0] or "/")
+        except OSError as e:
+            # That a bucket may not be listed says nothing where files could be read.
+            return not self.worked or not re.search("DENIED|HTTP status 403|Forbidden", _reason(e))
+        return False
 
 
 class _Reader(io.RawIOBase):
@@ -259,4 +281,4 @@ def _reason(error: BaseException) -> str:
 
 def _short(error: BaseException) -> str:
     """The beginning of that, for people."""
-    return _reason(error)[:200]
+    return masked(_reason(error))[:200]

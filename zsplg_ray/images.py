@@ -16,6 +16,7 @@ Shapes: H, W pixels; C = 3 channels (RGB).
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ MAX_SCANS = 100
 write up to some ten."""
 
 _ORIENTATION_TAG = 0x0112
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+"""Of a JPEG's markers those that are followed by a length, and the end."""
 
 
 class ImageError(ValueError):
@@ -118,7 +121,8 @@ def _opened(data: bytes, max_px: int, name: str = "image") -> Iterator[Image.Ima
                 shown = f"{width} x {height} = {width * height} px"
                 fix = "scale it down or drop it"
                 raise ImageError(complain(name, f"of at most {max_px} px", shown, fix))
-            if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+            # MPO is a JPEG with more JPEGs behind it, of which the first is read.
+            if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > MAX_SCANS:
                 fix = "save it again or drop it"
                 raise ImageError(complain(name, f"of at most {MAX_SCANS} scans", scans, fix))
             yield image
@@ -130,6 +134,18 @@ def _opened(data: bytes, max_px: int, name: str = "image") -> Iterator[Image.Ima
     except Exception as error:  # Pillow's plugins raise nearly anything on bytes that are broken
         shown = " ".join(f"{type(error).__name__}: {error}".split())
         raise ImageError(complain(name, "whole", shown, "restore it or drop it")) from error
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has. What its blocks hold and what lies behind its end is not looked
+    at: cameras put whole films there. Source: ITU-T T.81, annex B.
+    """
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        at = found.end() + max(length, 2)
+    return scans
 
 
 def _formats() -> list[str]:

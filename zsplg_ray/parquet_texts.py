@@ -4,8 +4,8 @@ What enters: the place of a Parquet file. What leaves: lists of texts; or one Va
 the setting and the file, whatever is wrong with it.
 
 Why not plainly `read().to_pylist()`: a dictionary of one text of ten MB can stand for a million
-rows of it in a file of some KB. So texts are read as dictionaries, and their lengths looked at
-before a list is made.
+rows of it in a file of some KB. So texts, and bytes that may be texts, are read as dictionaries,
+and their lengths looked at before a list is made.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from zsplg_ray.filesystems import StoreError
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 
@@ -46,7 +47,9 @@ def opened(place: Place, name: str) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(source, metadata=footer, read_dictionary=known) as file:
                 yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError, RecursionError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and (
+            error.errno is not None or isinstance(error, StoreError)
+        ):
             raise  # the storage failed, not the file
         fix = f"write it again ({' '.join(str(error).split())})"
         raise ValueError(complain(name, "a readable Parquet file", place.uri, fix)) from error
@@ -64,12 +67,15 @@ def texts(file: pq.ParquetFile, column: str, most_chars: int, unique: bool = Fal
     Raises: pa.ArrowException, which `opened` turns into an error of its own: a text is too long or
         missing, or there are other things in the column.
     """
+    kind = file.schema_arrow.field(column).type
+    if not (pa.types.is_dictionary(kind) or _is_small(kind)):
+        raise pa.ArrowInvalid(f"{column} of type {kind}, neither texts nor numbers")
     found = file.read(columns=[column])[column]
     distinct = 0
     for chunk in found.chunks:
         values = chunk.dictionary if isinstance(chunk, pa.DictionaryArray) else chunk
         distinct += len(values)
-        if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        if isinstance(chunk, pa.DictionaryArray):
             longest = pc.max(pc.binary_length(values)).as_py() or 0
             if longest > most_chars:
                 raise pa.ArrowInvalid(f"{column} of {longest} characters, at most {most_chars}")
@@ -82,6 +88,11 @@ def texts(file: pq.ParquetFile, column: str, most_chars: int, unique: bool = Fal
         twice = values[pc.index(pc.greater(counts, 1), True).as_py()].as_py()
         raise pa.ArrowInvalid(f"{column} {twice} more than once")
     return found.cast(pa.string()).to_pylist()
+
+
+def _is_small(kind: pa.DataType) -> bool:
+    """Whether no value of a type has more than some bytes."""
+    return pa.types.is_primitive(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
 
 
 def metadata(file: pq.ParquetFile, key: bytes) -> dict[str, Any]:

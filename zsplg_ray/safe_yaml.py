@@ -20,6 +20,13 @@ MAX_VALUES = 50_000
 """Of a document, aliases counted as often as they stand there."""
 
 
+MAX_DIGITS = 100
+"""Of a number: those of base 60 take a time that grows with the square of their length."""
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _NoRecord(yaml.error.MarkedYAMLError):
     """The document is none that settings are written as."""
 
@@ -28,8 +35,9 @@ def load_yaml(data: bytes) -> Any:
     """The document in a YAML file; None if it is empty.
 
     Raises:
-        yaml.YAMLError: it is no YAML, too large, too deep, or has a key twice.
-        ValueError: it is no UTF-8, or holds a number or date that is none.
+        yaml.YAMLError: it is no YAML, too large, too deep, has a key twice, or holds a number or
+            date that is none.
+        ValueError: it is no UTF-8.
     """
     if len(data) > MAX_BYTES:
         raise _NoRecord(problem=f"it is larger than {MAX_BYTES // 2**10} KiB")
@@ -39,11 +47,19 @@ def load_yaml(data: bytes) -> Any:
         if node is None:
             return None
         _count(node, {})
-        return loader.construct_document(node)
+        return _constructed(loader, node)
     except RecursionError as e:
         raise _NoRecord(problem="it is nested too deeply") from e
     finally:
         loader.dispose()
+
+
+def _constructed(loader: yaml.SafeLoader, node: Node) -> Any:
+    try:
+        return loader.construct_document(node)
+    except (ArithmeticError, AttributeError, LookupError, ValueError) as e:
+        # A date like 2001-99-99, or a tag (`!!bool x`) on a text that is no such value.
+        raise _NoRecord(problem=str(e) or "a value that is none of its type") from e
 
 
 def _count(node: Node, known: dict[int, int]) -> int:
@@ -57,6 +73,10 @@ def _count(node: Node, known: dict[int, int]) -> int:
     if isinstance(node, MappingNode):
         _refuse_twice(node)
         total += sum(_count(key, known) + _count(value, known) for key, value in node.value)
+    elif isinstance(node, ScalarNode):
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            problem = f"a number of {len(node.value)} characters"
+            raise _NoRecord(problem=problem, problem_mark=node.start_mark)
     elif isinstance(node, SequenceNode):
         total += sum(_count(item, known) for item in node.value)
     if total > MAX_VALUES:

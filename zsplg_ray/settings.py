@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import errno
 import hashlib
 import json
 import math
@@ -149,7 +148,8 @@ def read_yaml(path: str, read: Callable[[str], bytes] | None = None) -> dict[str
     except (YAMLError, ValueError) as e:
         where = getattr(e, "problem_mark", None)
         problem = getattr(e, "problem", None)
-        fix = f"mend line {where.line + 1}" if where else "write it as UTF-8 YAML"
+        fix = "mend it" if problem else "write it as UTF-8 YAML"
+        fix = f"mend line {where.line + 1}" if where else fix
         fix += f" ({problem})" if problem else ""
         raise ValueError(complain("config", "valid YAML", path, fix)) from e
     if loaded is None:
@@ -160,9 +160,7 @@ def read_yaml(path: str, read: Callable[[str], bytes] | None = None) -> dict[str
 
 
 def _beginning(path: str) -> bytes:
-    """A file's bytes, or so many of them that it is refused: it may have no end."""
-    if not Path(path).is_file() and Path(path).exists():
-        raise OSError(errno.EINVAL, "give a file", path)
+    """A file's bytes, or so many of them that it is refused: a pipe may have no end."""
     with Path(path).open("rb") as file:
         return file.read(MAX_BYTES + 1)
 

@@ -14,15 +14,19 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: like Ctrl-C, but nobody is there to be asked anything."""
+
+
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt; in another thread than the main one nothing changes."""
+    """SIGTERM raises Terminated; in another thread than the main one nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
 
     def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -32,6 +32,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from zsplg_ray.filesystems import Store, open_store
+from zsplg_ray.safe_text import is_slashed, masked
 from zsplg_ray.settings import complain
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -53,10 +54,18 @@ class Place:
 
     @classmethod
     def parse(cls, src: str) -> Place:
-        """The place that a path or an address names; nothing is opened."""
+        """The place that a path or an address names; nothing is opened.
+
+        Raises: ValueError if its credentials are written so that the host cannot be found.
+        """
         if not is_address(src):
             path = Path(src).expanduser() if src.startswith("~/") else Path(src)
             return cls(str(path.absolute()))
+        if is_slashed(src) and not src.lower().startswith("file:"):
+            # Now, for once its parts are quoted and apart, no message would know the secret.
+            fix = "write it so, or give the credentials in the environment"
+            rule = "one whose secret has each / written as %2F"
+            raise ValueError(complain("address", rule, masked(src), fix))
         # A blank or a bracket in an address is meant as such; '%', '?' and '#' have their meaning.
         parts = urlsplit(quote(src, safe="/%:?#=&@+,;*[]!$'()~"))
         if parts.scheme == "file":

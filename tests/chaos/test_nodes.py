@@ -134,5 +134,6 @@ def test_anything_at_any_time(nodes, start_run, seed):
             driver.kill()
             driver = run.start()
     driver.end()
-    told = run.settle(f"{', '.join(faults)}: killed in one run", 3, fault_at)
+    name = "an actor, a node and the driver killed in one run, in any order"
+    told = run.settle(name, 3, fault_at, note=", ".join(faults))
     assert told.recomputed <= (1 + 1 + 2) * IN_FLIGHT  # the driver's death takes both its actors

@@ -96,11 +96,10 @@ class GrowingCluster:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self.head.poll() is None, Path(self.log.name).read_text()[-2000:]
-            try:
+            with contextlib.suppress(Exception):  # it is not there yet
                 if self.nodes()[self.head_type]:
                     return
-            except Exception:  # it is not there yet
-                time.sleep(0.2)
+            time.sleep(0.2)
         raise AssertionError("the head does not come up")
 
     def nodes(self) -> Counter[str]:

@@ -74,6 +74,15 @@ def test_elastic_runs_need_room_only_for_the_fewest_and_growing_clusters_for_non
     assert "waiting for the cluster" in caplog.text
 
 
+def test_cpus_are_asked_for_where_the_nodes_are_not_known(caplog):
+    assert plan((0, 0), num=4, gpus=1.0, growing=True).cpus == 1
+    assert "workers.cpus: 1" in caplog.text and "set it" in caplog.text
+    caplog.clear()
+    assert plan((0, 0), num=4, gpus=1.0, cpus=7.0, growing=True).cpus == 7
+    assert plan((8, 1)).cpus == 8
+    assert "set it" not in caplog.text
+
+
 @given(
     nodes=st.lists(st.tuples(st.integers(1, 100), st.integers(0, 8)), min_size=1, max_size=5),
     num=st.none() | st.integers(1, 12),

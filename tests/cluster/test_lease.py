@@ -160,9 +160,10 @@ def test_of_many_that_start_at_once_one_has_it(folder, monkeypatch):
     assert (len(has), len(refused)) == (1, 5)
 
 
-def test_who_has_lost_it_writes_no_more_in_any_process(folder, bucket, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_S", 600.0)  # else a beat under way might take it back
+def test_who_has_lost_it_writes_no_more_in_any_process(folder, bucket):
     with only_run(folder):
+        folder.guard._end.set()  # else a beat under way might take it back
+        folder.guard._thread.join()
         copy = pickle.loads(pickle.dumps(folder))
         copy.write_bytes("before", b"x")
         put(folder)
@@ -251,3 +252,27 @@ def test_a_write_that_comes_late_leaves_one_owner(folder, monkeypatch):
     held.__exit__(None, None, None)
     late.release()
     assert read(folder) is None
+
+
+def test_the_age_leaves_nothing_behind_and_bears_a_file_that_is_gone(folder, bucket, monkeypatch):
+    put(folder)
+    folder.write_bytes(lease.PROBE, b"")  # of a process that died while it looked
+    assert lease.age_s(folder) >= 0 and list(bucket.files()) == [f"run/{NAME}"]
+    delete_file = folder.fs.delete_file
+
+    def unheard(path):
+        """The store has done it, but its answer got lost; then it has nothing to delete."""
+        delete_file(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(folder.fs, "delete_file", unheard)
+    assert lease.age_s(folder) >= 0 and list(bucket.files()) == [f"run/{NAME}"]
+
+    def away(paths):
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(folder.fs, "delete_file", delete_file)
+    monkeypatch.setattr(folder.fs, "get_file_info", away)
+    with pytest.raises(OSError, match="is away"):
+        lease.age_s(folder)
+    assert list(bucket.files()) == [f"run/{NAME}"]

@@ -1,8 +1,10 @@
 """What is read off a cluster, what may still come to it, and what a job waits for."""
 
+import itertools
 import logging
 import threading
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from zsplg_ray.cluster.nodes import (
     _types_on_head,
     look_around,
     room,
+    share,
     standing_room,
 )
 from zsplg_ray.cluster.session import plan_actors
@@ -27,12 +30,13 @@ from zsplg_ray.config import ActorsConfig, WorkersConfig
 
 HEAD = {"CPU": 0.0}
 LABEL = {"CPU": 8.0, "GPU": 1.0, "label_node": 1.0}
+DECODE = {"CPU": 16.0}
 TRAIN = {"CPU": 48.0, "GPU": 4.0, "train_node": 1.0}
 FROM_ZERO = Cluster((HEAD,), grows=True, more=(LABEL,) * 16 + (TRAIN,) * 2)
 ON_LABEL = {"label_node": 0.001}
 
 
-def status(names=(), demands=(), launching=(), failed=(), have=()):
+def status(names=(), demands=(), launching=(), failed=(), have=(), version: str | None = "7"):
     """As Ray's ClusterStatus, as far as we look."""
     bundles = [SimpleNamespace(bundle=bundle, count=n) for bundle, n in demands]
     demand = [SimpleNamespace(bundles_by_count=bundles)]
@@ -44,6 +48,7 @@ def status(names=(), demands=(), launching=(), failed=(), have=()):
         failed_launches=list(failed),
         total_resources=lambda: dict(have),
         available_resources=lambda: {name: 0.0 for name, _ in have},
+        stats=SimpleNamespace(autoscaler_version=version),
     )
 
 
@@ -116,7 +121,62 @@ def test_room_counts_processes_that_stand_on_one_node_each():
     assert room([LABEL, TRAIN], {"GPU": 1.0, "label_node": 0.001}) == 1
     assert room([LABEL], {"GPU": 0.1, "CPU": 2.0}) == 4
     assert room([LABEL], {"CPU": 0.0}) == 0
-    assert standing_room("actors.resources", {}, FROM_ZERO) == FROM_ZERO.nodes
+    assert standing_room("actors.resources", {}, FROM_ZERO) == FROM_ZERO
+
+
+def test_nodes_of_all_types_together_are_bound():
+    head = {"CPU": 1.0, "node:__internal_head__": 1.0}
+    types = (DECODE,) * 3 + (LABEL,) * 16
+    bound = Cluster((head, DECODE), grows=True, more=types, bound=3)
+    assert (bound.size, bound.total("CPU"), bound.total("GPU")) == (4, 49, 3), "decode may go"
+    assert (bound.room({"CPU": 8.0}), bound.room({"GPU": 0.5})) == (6, 6)
+    assert bound.largest("CPU") == 16
+    made = plan_actors(ActorsConfig(resources=ON_LABEL), bound)
+    assert (made.gpus, made.max_actors) == (1, 3)
+    with pytest.raises(ValueError, match=r"within the cluster's 3 GPUs"):
+        plan_actors(ActorsConfig(resources=ON_LABEL, min=4), bound)
+    with pytest.raises(ValueError, match=r"workers.gpus must be within the 3 GPUs on 4 nodes"):
+        plan_crew(WorkersConfig(gpus=1.0, num=4), bound, "auto")
+
+
+def test_what_the_cluster_file_bounds_counts_the_nodes_that_are_up(tmp_path, monkeypatch):
+    """Two types of at most 2 each, at most 3 in all, one of which is up beside the head."""
+    file = tmp_path / "c.yaml"
+    types = {name: {"resources": {"CPU": 8}, "max_workers": 2} for name in ("a", "b")}
+    settings = {"available_node_types": {"head": {}, **types}, "head_node_type": "head"}
+    file.write_text(yaml.safe_dump({**settings, "max_workers": 3}))
+    monkeypatch.setattr(nodes_module, "_types_on_head", partial(_types_on_head, path=str(file)))
+    monkeypatch.setattr(nodes_module, "_published_types", lambda: None)
+    monkeypatch.setattr(nodes_module, "_type_names", lambda _: Counter(head=1, a=1))
+    monkeypatch.setattr(nodes_module, "cluster_status", lambda: status())
+    has = {"CPU": 0.0, "node:__internal_head__": 1.0}, {"CPU": 8.0}
+    up = [{"Alive": True, "Resources": resources} for resources in has]
+    monkeypatch.setattr("ray.nodes", lambda: up)
+    found = look_around(local=False)
+    assert found.more is not None and len(found.more) == 3
+    assert (found.size, found.room({"CPU": 8.0})) == (4, 3)
+
+
+def test_no_gpu_node_is_started_for_work_without_gpu():
+    types = (DECODE,) * 4 + (LABEL,) * 16 + (TRAIN,) * 2
+    growing = Cluster((HEAD,), grows=True, more=types)
+    assert plan_actors(ActorsConfig(gpus=0.0), growing).cpus == 16
+    assert plan_actors(ActorsConfig(gpus=0.0, max=20), growing).cpus == 3
+    assert plan_crew(WorkersConfig(), growing, "cpu").cpus == 16
+    assert plan_crew(WorkersConfig(num=8), growing, "cpu").cpus == 8
+    assert plan_actors(ActorsConfig(gpus=0.0), Cluster((HEAD, *types))).cpus == 48, "it is up"
+    assert plan_actors(ActorsConfig(gpus=0.0, resources=ON_LABEL), growing).cpus == 8
+    assert plan_actors(ActorsConfig(gpus=0.0), FROM_ZERO).cpus == 48, "there are no others"
+
+
+def test_shares_are_whole_cpus_as_long_as_all_have_one():
+    nodes = Cluster(({"CPU": 8.0}, {"CPU": 3.0, "GPU": 1.0}))
+    assert [share(nodes, n, {}) for n in (1, 2, 3, 4, 11, 22)] == [8, 4, 3, 2, 1, 0.5]
+    assert share(nodes, 1, {"GPU": 1.0}) == 3
+    assert share(nodes, 1, {}, most=2.5) == 2
+    assert share(nodes, 1, {}, most=0.5) == 0.5
+    assert share(Cluster(()), 1, {}) == 1
+    assert share(Cluster(nodes.up, grows=True, more=None), 22, {}) == 1
 
 
 def test_nodes_have_types_only_where_an_autoscaler_gave_them(monkeypatch):
@@ -124,6 +184,20 @@ def test_nodes_have_types_only_where_an_autoscaler_gave_them(monkeypatch):
     assert not _type_names(status([("ab12", "node_ab12"), ("cd34", "node_cd34"), ("ef56", "")]))
     grown = status([("ab12", "head"), ("cd34", "label"), ("ef56", "label")])
     assert _type_names(grown) == {"head": 1, "label": 2}
+    for version in (None, "0"):  # a platform names them where nobody starts any
+        named = status([("ab12", "head"), ("cd34", "label")], version=version)
+        assert _type_names(named) == {}
+    monkeypatch.setattr(nodes_module, "_older_names", lambda without: Counter(head=1))
+    assert _type_names(named) == {"head": 1, "label": 1}
+
+
+@pytest.mark.parametrize("strange", [None, SimpleNamespace(), status([("ab12", "head")])])
+def test_a_status_that_is_not_understood_is_as_good_as_none(strange, monkeypatch):
+    if strange is not None:
+        strange.stats = None
+    monkeypatch.setattr(nodes_module, "cluster_status", lambda: strange)
+    monkeypatch.setattr(nodes_module.ray, "nodes", lambda: [{"Alive": True, "Resources": LABEL}])
+    assert look_around(local=False) == Cluster((LABEL,), grows=True, more=None)
 
 
 def test_types_are_read_off_the_file_on_the_head(tmp_path):
@@ -137,9 +211,11 @@ def test_types_are_read_off_the_file_on_the_head(tmp_path):
     file.write_text(yaml.safe_dump(settings))
     label, decode = {"CPU": 8.0, "GPU": 1.0}, {"CPU": 16.0}
     found = _types_on_head(["head", "label"], str(file))
-    assert found is not None
-    assert found == [NodeType("decode", decode, 3), NodeType("label", label, 3)]
-    assert _startable(found, {"head": 1, "label": 2}) == (decode,) * 3 + (label,)
+    assert found is not None and found == (
+        [NodeType("decode", decode, 3), NodeType("label", label, 3)],
+        3,
+    )
+    assert _startable(found[0], {"head": 1, "label": 2}) == (decode,) * 3 + (label,)
     assert _types_on_head(["head", "other"], str(file)) is None, "another cluster's file"
     assert _types_on_head(["head"], str(tmp_path / "none")) is None
     for text in ("[]", "{", "available_node_types: 3\nhead_node_type: 3"):
@@ -163,14 +239,15 @@ def test_a_wait_is_told_with_what_is_missing_free_and_being_started():
 
 def test_a_wait_is_told_again_and_again_and_ends_with_the_job(monkeypatch, caplog):
     asked = threading.Semaphore(0)
+    looks = itertools.chain([SimpleNamespace()], itertools.repeat(status((), [({"GPU": 1.0}, 1)])))
 
     def looked():
         asked.release()
-        return status((), [({"GPU": 1.0}, 1)])
+        return next(looks)  # the first one is not understood
 
     monkeypatch.setattr("zsplg_ray.cluster.waiting.cluster_status", looked)
     with telling_of_waits([{"GPU": 1.0}], moved=lambda: 0, every_s=0.05):
-        assert asked.acquire(timeout=30) and asked.acquire(timeout=30)
+        assert all(asked.acquire(timeout=30) for _ in range(3))
     told = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert len(told) >= 2 and "1 x (GPU 1) have no place" in told[0].getMessage()
     assert not [t for t in threading.enumerate() if t.name == "waiting"]

@@ -1,11 +1,13 @@
 """How many actors a cluster holds and what each takes. Arithmetic, without Ray."""
 
 import logging
+import socket
 from dataclasses import astuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
 from zsplg_ray.cluster.nodes import Cluster
@@ -145,8 +147,8 @@ def test_gpus_are_whole_or_parts_of_one():
     ("address", "error", "kind", "told"),
     [
         (None, Exception("timed out during startup\nmore"), WorkError, "Ray could not be started"),
-        ("head:1", ConnectionError("nobody"), ValueError, "ray.address must be a running Ray"),
-        ("head:1", AuthenticationError("no token"), ValueError, "set RAY_AUTH_MODE=token"),
+        ("auto", ConnectionError("nobody"), ValueError, "ray.address must be a running Ray"),
+        ("auto", AuthenticationError("no token"), ValueError, "set RAY_AUTH_MODE=token"),
     ],
 )
 def test_a_ray_that_cannot_be_had_is_one_line(monkeypatch, address, error, kind, told):
@@ -159,6 +161,38 @@ def test_a_ray_that_cannot_be_had_is_one_line(monkeypatch, address, error, kind,
     with pytest.raises(kind, match=told) as caught, ray_session(RayConfig(address=address)):
         pass
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_cluster_that_is_not_there_is_told_at_once(monkeypatch, scheme):
+    def init(**_):
+        raise AssertionError("Ray would try for minutes")
+
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"{scheme}127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        monkeypatch.setattr("ray.init", init)
+        session = ray_session(RayConfig(address=address))
+        with pytest.raises(ValueError, match=r"ray.address .* refused"), session:
+            pass
+
+
+@pytest.mark.parametrize(("address", "alone"), [(None, True), ("auto", False)])
+def test_only_a_ray_of_our_own_hides_from_others(monkeypatch, address, alone):
+    asked = []
+
+    def init(**_):
+        asked.append(not ray_constants.ENABLE_RAY_CLUSTER)
+        raise ConnectionError("enough")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    session = ray_session(RayConfig(address=address))
+    with pytest.raises((ValueError, WorkError)), session:
+        pass
+    assert asked == [alone]
 
 
 def test_where_processes_stand_changes_no_fingerprint():

@@ -1,5 +1,6 @@
 """Parquet files and records of strangers: manifests, masks, parts of a run's folder, run.json."""
 
+import io
 import json
 import re
 import struct
@@ -11,13 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.s3 import bucket, faulty, s3_server  # noqa: F401 (fixtures)
+from zsplg_ray import filesystems
 from zsplg_ray.cluster.trainrun import CHECKPOINTS, put_models, start_of
 from zsplg_ray.exactly_once import repair
 from zsplg_ray.masks import open_truth
+from zsplg_ray.parquet_texts import opened
 from zsplg_ray.records import LABELS, encode_png
 from zsplg_ray.rundir import RunFolder, part_name
 from zsplg_ray.sources import list_images
-from zsplg_ray.storage import read_bytes
+from zsplg_ray.storage import Place, read_bytes
 from zsplg_ray.student.zeroshot import find_labels, read_label
 from zsplg_ray.views.evaluate import open_labels
 
@@ -61,6 +65,47 @@ def test_a_dictionary_of_one_long_text_is_not_unpacked(tmp_path):
     assert path.stat().st_size < 1_000_000
     assert "1000000 characters" in refused(list_images, str(path))
     assert "1000000 characters" in refused(open_truth, str(path))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fixed", "list"])
+def test_a_dictionary_of_anything_long_is_not_unpacked(tmp_path, kind):
+    """It would be 20 MB; of a worse file, more than there is memory."""
+    many, long = 200, b"x" * 100_000
+    values = pa.array([long], pa.binary(len(long)) if kind == "fixed" else pa.binary())
+    uris = pa.DictionaryArray.from_arrays(pa.array([0] * many, pa.int32()), values)
+    if kind == "list":
+        uris = pa.ListArray.from_arrays(range(many + 1), uris.dictionary_decode())
+    elif kind == "fixed":
+        uris = uris.dictionary_decode()
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image_id": [str(i) for i in range(many)], "uri": uris}), path)
+    told = refused(list_images, str(path))
+    assert ("100000 characters" if kind == "bytes" else "neither texts nor numbers") in told
+
+
+def test_ids_of_bytes_and_numbers_are_texts(tmp_path):
+    path = tmp_path / "t.parquet"
+    for ids in (pa.array([b"5", b"6"]), pa.array([5, 6]), pa.array([5, 6], pa.decimal128(4, 0))):
+        pq.write_table(pa.table({**ROWS, "image_id": ids}), path)
+        assert list_images(str(path))["image_id"].to_pylist() == ["5", "6"]
+
+
+def test_a_store_that_fails_is_not_taken_for_a_bad_file(bucket, faulty, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(filesystems, "PATIENCE_S", 0.0)
+    pq.write_table(pa.table(ROWS), tmp := io.BytesIO())
+    with bucket.fs.open_output_stream(f"{bucket.name}/t.parquet") as stream:
+        stream.write(tmp.getvalue())
+    with bucket.fs.open_output_stream(f"{bucket.name}/bad.parquet") as stream:
+        stream.write(b"PAR1 and no more PAR1")
+    with faulty() as proxy:
+        assert len(list_images(bucket.uri("t.parquet", proxy))) == 2
+        assert "a readable Parquet file" in refused(list_images, bucket.uri("bad.parquet", proxy))
+        place = Place.parse(bucket.uri("t.parquet", proxy))
+        proxy.answer = (403, "AccessDenied")
+        told = pytest.raises(filesystems.StoreError, match="these credentials allow")
+        with told as caught, opened(place, "images"):
+            pass
+    assert "write it again" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,29 @@ def test_a_jpeg_of_many_scans():
     last = data.rindex(b"\xff\xda")
     refused(decode_image, data[:-2] + data[last:-2] * 200 + data[-2:], words="scans")
     assert decode_image(data).shape == (64, 64, 3)
+    # As the first of several in one file it is no less a bomb.
+    several = io.BytesIO()
+    more = Image.new("RGB", (8, 8))
+    more.save(several, "MPO", save_all=True, append_images=[more])
+    at = several.getvalue().index(b"\xff\xe2")
+    index = several.getvalue()[at : at + 2 + several.getvalue()[at + 3]]
+    assert index[4:8] == b"MPF\0"
+    bomb = data[:2] + index + data[2:-2] + data[last:-2] * 200 + data[-2:]
+    assert Image.open(io.BytesIO(bomb)).format == "MPO"
+    refused(decode_image, bomb, words="scans, got 2")
+    # Between the scans there may be other blocks, and fill bytes before a marker.
+    other = b"\xff\xfe\x00\x04\xff\xd9" + b"\xff" * 3
+    refused(decode_image, data[:-2] + (other + data[last:-2]) * 200, words="scans, got 2")
+
+
+def test_what_a_jpeg_carries_along_is_not_counted():
+    """A camera's film or raw data behind the end, a preview inside a block."""
+    data, scans = saved("JPEG", (64, 64)), b"\xff\xda" * 200
+    block = b"\xff\xef" + struct.pack(">H", 2 + len(scans)) + scans
+    noise = np.random.default_rng(0).bytes(20 * 2**20)
+    assert noise.count(b"\xff\xda") > 100
+    for whole in (data + scans, data + noise, data[:2] + block + data[2:]):
+        assert decode_image(whole).shape == (64, 64, 3) and image_size(whole) == (64, 64)
 
 
 def test_only_the_first_frame_of_many_is_read():

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from zsplg_ray.runinfo import recorded
 from zsplg_ray.safe_text import SafeFormatter, masked, one_line, shortened, without_credentials
 from zsplg_ray.settings import WorkError, complain, from_mapping
 from zsplg_ray.shapes.scenes import write_voc
-from zsplg_ray.storage import Place
+from zsplg_ray.storage import Place, read_bytes
 
 KEY, SECRET = "AKIAUNUSUALKEYNAME", "wJalrXUtnFEMIsecretbPxRfiCY"
 
@@ -31,6 +32,10 @@ ADDRESSES = {
     ),
     f"https://me:{SECRET}@host:5000/x": "https://host:5000/x",
     f"https://host/x?X-Amz-Signature={SECRET}&X-Amz-Credential={KEY}%2Feu": "https://host/x",
+    f"s3://b/a?endpoint_override=http://{KEY}:{SECRET}@h:9": "s3://b/a?endpoint_override=http://h:9",
+    f"s3://b/a?endpoint_override=http%3A%2F%2F{KEY}%3A{SECRET}%40h%3A9": (
+        "s3://b/a?endpoint_override=http%3A%2F%2Fh%3A9"
+    ),
     f"postgresql://me:{SECRET}@host/db?password={SECRET}": "postgresql://host/db",
     f"parquet+s3://{KEY}:{SECRET}@b/x.parquet?region=eu#row=1&column=q": (
         "parquet+s3://b/x.parquet?region=eu#row=1&column=q"
@@ -59,10 +64,55 @@ def test_others_stay_as_they_are(address):
     assert without_credentials(address) == address
 
 
-def test_a_secret_with_a_slash_is_masked_too():
-    """Such an address cannot be opened: it only ever comes into an error."""
-    assert SECRET not in masked(f"s3://{KEY}:abc/{SECRET}@bucket/x")
-    assert masked("http://host:5000/a@b") == "http://host:5000/a@b", "a port is no secret"
+SLASHED = [
+    *(f"s3://{KEY}:{start}/{SECRET}@bucket/x" for start in ("abc", "", "12")),
+    *(f"gs://{KEY}:a/b/{SECRET}/@bucket/x", f"abfss://box:{SECRET}/=@bucket/x"),
+    f"parquet+s3://{KEY}:{SECRET}/@bucket/x",
+]
+
+
+@pytest.mark.parametrize("address", SLASHED)
+def test_a_secret_with_a_slash_is_masked_too(address):
+    """Such an address is not opened: it only ever comes into an error."""
+    for call in (lambda: Place.parse(address), lambda: read_bytes(address)):
+        with pytest.raises(ValueError, match=r"address must be .*written as %2F, got .*/x; ") as e:
+            call()
+        assert SECRET not in str(e.value) and KEY not in str(e.value)
+    kept = without_credentials(address)
+    for text in (masked(address), masked(f"({address}) of s3://{address}"), kept):
+        assert SECRET not in text and KEY not in text and "bucket/x" in text
+    assert without_credentials(kept) == kept and "***" not in kept
+
+
+@pytest.mark.parametrize("address", ["http://h:5000/a@b", "https://h:1/a@b", "hdfs://h:8020/a@b"])
+def test_a_port_is_no_secret(address):
+    assert masked(address) == address == without_credentials(address)
+    assert f"{Place.parse(address).prefix}/a@b" == address
+
+
+def test_a_command_tells_no_secret_with_a_slash(capsys, tmp_path):
+    argv = ["evaluate", str(tmp_path), "--truth", f"s3://{KEY}:wJ/{SECRET}@bucket/masks.parquet"]
+    assert cli.main(argv) == 2
+    told = capsys.readouterr().err
+    assert "%2F" in told and SECRET not in told and KEY not in told and "wJ" not in told
+
+
+@pytest.mark.parametrize("secret", [f"{KEY}:{SECRET}", f"{KEY}:ab/{SECRET}"])
+@pytest.mark.parametrize("long", [*range(600, 800, 25), *range(2900, 3100, 25)])
+def test_what_is_cut_is_masked_before(long, secret):
+    """The cut may fall between a secret and the @ by which it is known as one."""
+    text = "a" * long + f" s3://{secret}{'b' * 900}@bucket " + "c" * 9000
+    record = logging.LogRecord("zsplg_ray", 20, "f", 1, "at %s", (text,), None)
+    for told in (complain("x", "y", text, "z"), SafeFormatter("%(message)s").format(record)):
+        assert "bbbb" not in told and KEY not in told and SECRET not in told
+
+
+@pytest.mark.parametrize("part", ["x://a:b/", "x://a:b", "://", "?secret", "%3A%2F%2F", "x://a:/"])
+def test_masking_takes_a_time_that_grows_with_the_text_only(part):
+    text = part * 40_000 + " s3://a:b@c"
+    began = time.process_time()
+    assert masked(text).endswith("***@c")
+    assert time.process_time() - began < 5
 
 
 def test_errors_and_logs_tell_no_secrets():

@@ -116,6 +116,8 @@ class ImageActor:
     def __init__(self, job: Job, plan: Plan, ledger: Ledger) -> None:
         self.job, self.ledger, self.stage = job, ledger, job.task.verb
         self._through: list[str] = []  # ids whose end the ledger has not heard of yet
+        if job.folder.read_run() is None:  # the driver has written it before there are actors
+            raise ValueError(unseen(job.folder))
         device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
         if device == "cpu":
             import torch
@@ -219,6 +221,12 @@ class ImageActor:
         written = writer.write()
         self.ledger.commit(ids)
         return written
+
+
+def unseen(folder: RunFolder) -> str:
+    """What to say of a run's folder that is not the same one on every node."""
+    fix = "use a shared disk, or an s3://, gs:// address"
+    return complain("out", "a folder that every node sees", folder.uri, fix)
 
 
 def pixels(block: pa.Table, image: Row) -> np.ndarray:

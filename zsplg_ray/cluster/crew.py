@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zsplg_ray.cluster.nodes import Cluster, Node, room, standing_room, total
+from zsplg_ray.cluster.nodes import Cluster, room, share, standing_room
 from zsplg_ray.config import TrainConfig, WorkersConfig
 from zsplg_ray.settings import complain
 
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 MAX_CPUS_WITH_GPU = 8
 """CPUs beyond these would not make a GPU's images come sooner."""
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ def plan_crew(config: WorkersConfig, cluster: Cluster, device: str) -> Crew:
 
     Raises: ValueError that names the setting which does not fit.
     """
-    nodes = standing_room("workers.resources", config.resources, cluster)
+    where = standing_room("workers.resources", config.resources, cluster)
     gpus = config.gpus
     if gpus is None:
-        gpus = float(total(nodes, "GPU") >= 1 and device != "cpu")
+        gpus = float(where.total("GPU") >= 1 and device != "cpu")
     if device == "cpu" and gpus:
         raise ValueError(complain("workers.gpus", "0 with --device cpu", gpus, "leave it out"))
     if device == "cuda" and not gpus:
@@ -85,9 +84,13 @@ def plan_crew(config: WorkersConfig, cluster: Cluster, device: str) -> Crew:
             log.warning(told, num)
     cpus = config.cpus
     if cpus is None:
-        cpus = _share(nodes, num, gpus, config.resources, cluster.known)
+        need, most = {"GPU": gpus, **config.resources}, MAX_CPUS_WITH_GPU if gpus else math.inf
+        cpus = share(where if gpus else where.for_cpus(), num, need, most)
+        if not cluster.known:
+            told = "workers.cpus: %g, as nodes that may be started are not known here; set it"
+            log.warning(told, cpus)
     crew = Crew(num, config.min, gpus, cpus, config.resources)
-    _check_room(crew, nodes, cluster.known)
+    _check_room(crew, where)
     return crew
 
 
@@ -122,33 +125,19 @@ def check_batches(config: TrainConfig, crew: Crew) -> None:
         )
 
 
-def _share(
-    nodes: Sequence[Node], num: int, gpus: float, custom: Mapping[str, float], known: bool
-) -> float:
-    """CPUs of a worker: as many whole ones as `num` workers can have, else a part of one."""
-    have = total(nodes, "CPU")
-    share = have / num
-    if gpus:
-        share = min(share, MAX_CPUS_WITH_GPU)
-    for cpus in range(math.floor(share + _ROUNDING), 0, -1):
-        if room(nodes, {"CPU": cpus, "GPU": gpus, **custom}) >= num:
-            return float(cpus)
-    return 1.0 if not known or not have else max(math.floor(share * 100) / 100, 0.01)
-
-
-def _check_room(crew: Crew, nodes: Sequence[Node], known: bool) -> None:
+def _check_room(crew: Crew, cluster: Cluster) -> None:
     """As many workers as must run find room. Raises: ValueError."""
     least = crew.least or crew.num
     name, unit, each = "workers.cpus", "CPUs", crew.cpus
-    if crew.gpus and room(nodes, {"GPU": crew.gpus, **crew.custom}) < least:
+    if crew.gpus and cluster.room({"GPU": crew.gpus, **crew.custom}) < least:
         name, unit, each = "workers.gpus", "GPUs", crew.gpus
-    elif room(nodes, crew.resources) >= least:
+    elif cluster.room(crew.resources) >= least:
         return
-    have = total(nodes, unit[:-1])
-    where = f"on {len(nodes)} nodes" if len(nodes) > 1 else "there are"
-    rule = f"within the {have:g} {unit} {where}"
+    have = cluster.total(unit[:-1])
+    there = f"on {cluster.size} nodes" if cluster.size > 1 else "there are"
+    rule = f"within the {have:g} {unit} {there}"
     asked = f"{each:g} for each of {least} workers"
-    if known:
+    if cluster.known:
         fix = f"lower {name} or workers.num, or add a node"
         raise ValueError(complain(name, rule, asked, fix))
     told = "%s: %s asked for, %g %s there now; waiting for the cluster"

@@ -2,7 +2,8 @@
 
 What enters: blocks of the manifest (image_id, uri). What leaves: the same rows with RGB pixels, or
 with the reason why there are none. Runs in plain Ray tasks on CPUs anywhere in the cluster. A bad
-image is a row like any other here: nothing is raised for it.
+image is a row like any other here: nothing is raised for it. A store that is away for good, or lets
+nobody in any more, ends the work instead: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
+from zsplg_ray.filesystems import StoreError
 from zsplg_ray.images import ImageError, decode_image
 from zsplg_ray.storage import read_bytes
 
@@ -58,6 +60,8 @@ def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:
     try:
         data = read_bytes(row["uri"])
     except Exception as e:  # every file system has errors of its own
+        if isinstance(e, StoreError) and e.everything:
+            raise  # else every image that is left would soon stand in errors/
         return _table(row, stage="read", error=f"{type(e).__name__}: {e}")
     try:
         image_HWC = decode_image(data, max_px=max_px)

@@ -40,6 +40,8 @@ from zsplg_ray.settings import WorkError, complain
 log = logging.getLogger(__name__)
 
 NAME = "_lock.json"
+PROBE = "_lock.probe"
+"""Written to learn the store's time; always the same, so that what a crash leaves is used again."""
 BEAT_S = 10.0
 """Between two renewals."""
 WATCH_S = 45.0
@@ -232,11 +234,13 @@ def _wait_until_free(folder: RunFolder, found: dict[str, Any]) -> None:
 
 def age_s(folder: RunFolder) -> float:
     """How long ago the lease was written, by the store's own time."""
-    probe = f"_lock.{uuid.uuid4().hex[:8]}"
-    folder.write_bytes(probe, b"")
-    paths = [f"{folder.path}/{name}" for name in (NAME, probe)]
-    lease, now = folder.fs.get_file_info(paths)
-    folder.fs.delete_file(paths[1])
+    paths = [f"{folder.path}/{name}" for name in (NAME, PROBE)]
+    try:
+        folder.write_bytes(PROBE, b"")
+        lease, now = folder.fs.get_file_info(paths)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # another's look, or an answer that got lost
+            folder.fs.delete_file(paths[1])
     if lease.mtime_ns is None or now.mtime_ns is None:  # gone meanwhile, or a store without times
         return 0.0
     return (now.mtime_ns - lease.mtime_ns) / 1e9

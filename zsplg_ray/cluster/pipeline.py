@@ -25,7 +25,7 @@ import ray
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
-from zsplg_ray.cluster.actor import ImageActor, Job, Task
+from zsplg_ray.cluster.actor import ImageActor, Job, Task, unseen
 from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
 from zsplg_ray.cluster.nodes import look_around
@@ -146,7 +146,7 @@ def _work(
         run["seconds"] = round(time.monotonic() - began, 3)
         run["images_per_s"] = round(progress.rate(), 3)
         if not len(todo) or job.folder.read_run() is not None:
-            _settle(job, run, progress, tracker, before)
+            _settle(job, todo, run, progress, tracker, before)
 
 
 def _plan(config: LabelConfig | PredictConfig) -> Plan:
@@ -162,14 +162,24 @@ def _plan(config: LabelConfig | PredictConfig) -> Plan:
 
 
 def _settle(
-    job: Job, run: dict[str, Any], progress: Progress, tracker: RunTracker, before: _Before
+    job: Job,
+    todo: pa.Table,
+    run: dict[str, Any],
+    progress: Progress,
+    tracker: RunTracker,
+    before: _Before,
 ) -> None:
     """Mend what a crash may have left, count, write run.json, and end the MLflow run; never hides
     why work failed.
+
+    Raises: WorkError if the work ended well, but run.json cannot be written or images are missing.
     """
-    folder = job.folder
+    folder, missing = job.folder, 0
     try:
         after = repair(folder, job.task.verb, before.index)
+        if run["state"] == "complete":
+            missing = len(anti_join(todo, after.done | after.failed))
+            run["state"] = "failed" if missing else "complete"
         for name in after.unlabelled:
             job.task.mend(folder, name, job.meta)
         run["counts"] = {
@@ -188,6 +198,9 @@ def _settle(
         if run["state"] == "complete":
             raise WorkError(f"run.json could not be written: {e}") from e
         log.warning("run.json could not be written: %s", e)
+    if missing:
+        told = f"{missing} of {len(todo)} images were done but are not there"
+        raise WorkError(f"{told}: {unseen(folder)}")
 
 
 def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress, index: PartIndex) -> None:

@@ -12,20 +12,26 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
+from ray.util.client import ray as client
 
 from zsplg_ray.cluster.headwatch import watched_head
 from zsplg_ray.cluster.loopback import loopback_only
-from zsplg_ray.cluster.nodes import Cluster, Node, room, standing_room, total
+from zsplg_ray.cluster.nodes import ROUNDING, Cluster, share, standing_room
 from zsplg_ray.config import ActorsConfig, RayConfig
 from zsplg_ray.settings import WorkError, complain
 from zsplg_ray.signals import sigterm_kept
 
 log = logging.getLogger(__name__)
+
+KNOCK_S = 10.0
+"""How long a cluster may take to answer at all."""
 
 
 def cluster_address(config: RayConfig) -> str:
@@ -55,7 +61,12 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         if config.object_store_gib is not None:
             local["object_store_memory"] = int(config.object_store_gib * 2**30)
     try:
-        with sigterm_kept(), loopback_only():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sigterm_kept())
+            if address == "local":  # of a cluster, others must reach this driver
+                stack.enter_context(loopback_only())
+            else:
+                _knock(address)
             ray.init(
                 address=address,
                 log_to_driver=talk,
@@ -65,10 +76,22 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     except Exception as e:  # Ray raises plain Exceptions too, where its start takes too long
         raise _no_session(address, e) from e
     try:
-        with watched_head(ray.get_runtime_context().gcs_address):
+        with contextlib.ExitStack() as stack:
+            if not client.is_connected():  # from afar nobody but its proxy is to be reached
+                stack.enter_context(watched_head(ray.get_runtime_context().gcs_address))
             yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Whether anybody answers there, before Ray tries for minutes. Raises: OSError if nobody does.
+
+    `address`: HOST:PORT, `ray://HOST:PORT`, or a word such as `auto`, which is Ray's to find.
+    """
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), KNOCK_S).close()
 
 
 def _no_session(address: str, error: Exception) -> Exception:
@@ -152,57 +175,43 @@ def plan_actors(config: ActorsConfig, cluster: Cluster) -> Plan:
 
     Raises: ValueError that names the setting which does not fit.
     """
-    nodes = standing_room("actors.resources", config.resources, cluster)
-    have_cpus, have_gpus = total(cluster.nodes, "CPU"), total(nodes, "GPU")
-    largest = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-    gpus = config.gpus if config.gpus is not None else float(have_gpus >= 1)
-    fitting = room(nodes, {"GPU": gpus, **config.resources}) if gpus else 1
+    where = standing_room("actors.resources", config.resources, cluster)
+    gpus = config.gpus if config.gpus is not None else float(where.total("GPU") >= 1)
+    fitting = where.room({"GPU": gpus, **config.resources}) if gpus else 1
     most = config.max if config.max is not None else max(config.min, fitting)
     decode = config.decode_cpus
     if cluster.known:
-        decode = min(decode, max(have_cpus / 2, 0.01))
+        decode = min(decode, max(cluster.total("CPU") / 2, 0.01))
     cpus = config.cpus
     if cpus is None:
-        free = min(have_cpus - decode, total(nodes, "CPU"))
-        cpus = 0.0 if gpus else _share(nodes, most, min(free / most, largest), cluster.known)
+        free = cluster.for_cpus().total("CPU") - decode
+        cpus = 0.0 if gpus else share(where.for_cpus(), most, config.resources, free / most)
     plan = Plan(config.min, most, gpus, cpus, decode, config.resources, cluster.grows)
-    _check(plan, nodes, cluster)
+    _check(plan, where, cluster)
     _tell(config, plan, cluster)
     return plan
 
 
-def _share(nodes: Sequence[Node], num: int, share: float, known: bool) -> float:
-    """CPUs of each of `num` actors: as many whole ones as fit into its share, else a part of one
-    (or one, where there may be nodes that are not known).
-    """
-    if share < 1:
-        return max(share, 0.01) if known else 1.0
-    whole = range(math.floor(share), 1, -1)
-    return float(next((n for n in whole if room(nodes, {"CPU": n}) >= num), 1))
-
-
-def _check(plan: Plan, nodes: Sequence[Node], cluster: Cluster) -> None:
-    """The actors that must run find room on `nodes`, each on one. Raises: ValueError."""
+def _check(plan: Plan, where: Cluster, cluster: Cluster) -> None:
+    """The actors that must run find room `where` they may stand. Raises: ValueError."""
     least, cpus, gpus = plan.min_actors, plan.cpus, plan.gpus
     whose = "the cluster's"
-    needs = [("actors.gpus", least * gpus, total(nodes, "GPU"), "GPUs", whose)]
+    needs = [("actors.gpus", least * gpus, where.total("GPU"), "GPUs", whose)]
     asked_cpus = least * cpus + plan.decode_cpus
-    needs += [("actors.cpus", asked_cpus, total(cluster.nodes, "CPU"), "CPUs", whose)]
+    needs += [("actors.cpus", asked_cpus, cluster.total("CPU"), "CPUs", whose)]
     for name, need, unit in (("actors.gpus", gpus, "GPUs"), ("actors.cpus", cpus, "CPUs")):
-        largest = max((node.get(unit[:-1], 0.0) for node in nodes), default=0.0)
-        needs += [(name, need, largest, unit, "the largest node's")]
-    fits = room(nodes, plan.need)
-    needs += [("actors.min", least, fits, "actors", "the")]
+        needs += [(name, need, where.largest(unit[:-1]), unit, "the largest node's")]
+    needs += [("actors.min", least, where.room(plan.need), "actors", "the")]
     for name, need, have, unit, whose in needs:
-        if need <= have + 1e-9:
+        if need <= have + ROUNDING:
             continue
         asked = f"{need:g} {unit}"
         if whose == "the cluster's":
             asked += f" in all ({least} actors and one image-reading task)"
         if cluster.known:
             fix = f"lower {name}, actors.min or actors.decode_cpus, or add a node"
-            where = " that find room, each on one node" if unit == "actors" else ""
-            raise ValueError(complain(name, f"within {whose} {have:g} {unit}{where}", asked, fix))
+            each = " that find room, each on one node" if unit == "actors" else ""
+            raise ValueError(complain(name, f"within {whose} {have:g} {unit}{each}", asked, fix))
         log.warning("%s: %s asked for, %g there now; waiting for the cluster", name, asked, have)
 
 
@@ -213,7 +222,7 @@ def _tell(config: ActorsConfig, plan: Plan, cluster: Cluster) -> None:
     each = f"{plan.gpus:g} GPU" if plan.gpus else f"{plan.cpus:g} CPU"
     told = f"up to {plan.max_actors} actors of {each} on a cluster that grows"
     if cluster.known:
-        log.info("%s from %d to %d nodes", told, len(cluster.up), len(cluster.nodes))
+        log.info("%s from %d to %d nodes", told, len(cluster.up), cluster.size)
         return
     guessed = [("actors.gpus", config.gpus, "1"), ("actors.max", config.max, "N")]
     left = " ".join(f"--{name} {value}" for name, given, value in guessed if given is None)

@@ -283,7 +283,7 @@ def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
     )
     try:
         waits = telling_of_waits([crew.resources], functools.partial(_reached, folder))
-        with waits, _ctrl_c_is_an_error():
+        with waits, _interrupts_are_told():
             trainer.fit()
     except ControllerError as e:
         cause = e.controller_failure
@@ -313,12 +313,12 @@ def _why(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _ctrl_c_is_an_error() -> Iterator[None]:
-    """KeyboardInterrupt if Ctrl-C came meanwhile.
+def _interrupts_are_told() -> Iterator[None]:
+    """KeyboardInterrupt, whatever is raised in here, if Ctrl-C or SIGTERM came meanwhile.
 
-    Ray puts a handler of its own in the place of Python's, and leaves it there: it stops the
-    workers, and what `fit` then raises differs from time to time. The signal's number comes through
-    the wake-up socket whoever handles it.
+    For Ctrl-C Ray puts a handler of its own in the place of Python's, and leaves it there: it stops
+    the workers. After either, what `fit` raises differs from time to time. The signal's number
+    comes through the wake-up socket whoever handles it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -332,7 +332,7 @@ def _ctrl_c_is_an_error() -> Iterator[None]:
         yield
     except BaseException as e:
         with contextlib.suppress(BlockingIOError):
-            if signal.SIGINT in ours.recv(4096):
+            if {signal.SIGINT, signal.SIGTERM} & set(ours.recv(4096)):
                 raise KeyboardInterrupt from e
         raise
     finally:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from zsplg_ray.cluster.nodes import cluster_status
+from zsplg_ray.cluster.nodes import cluster_status, told_amount, told_need
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,11 @@ def _watch(
         if waited < every_s * (told + 1):
             continue
         told += 1
-        missing = what_is_missing(cluster_status(), needs)
+        try:
+            missing = what_is_missing(cluster_status(), needs)
+        except Exception:  # the status of a Ray of another version may be anything
+            log.debug("what the job waits for cannot be read", exc_info=True)
+            continue
         if missing is not None:
             log.warning("waiting for resources since %.0f s: %s", waited, missing)
 
@@ -78,10 +82,16 @@ def what_is_missing(status: Any | None, needs: Sequence[Mapping[str, float]]) ->
     waiting = _waiting(status, needs)
     if not waiting:
         return None
-    told = [", ".join(f"{count} x ({_told(need)})" for need, count in waiting) + " have no place"]
+    told = [
+        ", ".join(f"{count} x ({told_need(need)})" for need, count in waiting) + " have no place"
+    ]
     names = sorted({name for need, _ in waiting for name, amount in need.items() if amount})
     have, free = status.total_resources(), status.available_resources()
-    there = [f"{_sized(n, free.get(n, 0.0))} of {_sized(n, have[n])}" for n in names if have.get(n)]
+    there = [
+        f"{told_amount(n, free.get(n, 0.0))} of {told_amount(n, have[n])}"
+        for n in names
+        if have.get(n)
+    ]
     lacking = [n for n in names if not have.get(n)]
     if there:
         told.append(f"free: {', '.join(there)}")
@@ -122,12 +132,3 @@ def _same(bundle: Mapping[str, float], need: Mapping[str, float]) -> bool:
     """Whether a demand is one of ours; Ray leaves out what is zero."""
     names = {name for name, amount in (*bundle.items(), *need.items()) if amount}
     return all(abs(bundle.get(name, 0.0) - need.get(name, 0.0)) < _CLOSE for name in names)
-
-
-def _told(need: Mapping[str, float]) -> str:
-    return ", ".join(_sized(name, amount) for name, amount in need.items() if amount)
-
-
-def _sized(name: str, amount: float) -> str:
-    """Ray counts memory in bytes."""
-    return f"{name} {amount / 2**30:.3g} GiB" if name == "memory" else f"{name} {amount:g}"

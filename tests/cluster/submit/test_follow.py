@@ -2,13 +2,17 @@
 
 import json
 import os
+import pty
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
-from ray.job_submission import JobDetails
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
+from ray.job_submission import JobDetails, JobSubmissionClient
 
 from tests.cluster.submit.command import submit
 from zsplg_ray.cluster.submit import follow
@@ -149,6 +153,19 @@ def test_ctrl_c_without_a_terminal_leaves_the_job_alone(fake, capsys, number):
     assert "goes on\nfollow it:  ray job logs" in err and not fake.stopped
 
 
+def test_sigterm_asks_nobody_even_at_a_terminal(fake, capsys, monkeypatch):
+    fake.states = [state("RUNNING")]
+    fake.while_tailing = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    user, terminal = pty.openpty()
+    os.write(user, b"y\n")  # an answer to whoever asks, so that nothing waits
+    with os.fdopen(user, "rb"), os.fdopen(terminal) as stdin:
+        assert stdin.isatty()
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert submit(fake, "--wait") == 130
+    err = capsys.readouterr().err
+    assert "? [y/N]" not in err and "goes on\nfollow it:  ray job logs" in err and not fake.stopped
+
+
 @pytest.mark.parametrize("answer", ["", "n\n", "\n", "what\n", None])
 def test_ctrl_c_asks_and_anything_but_yes_leaves_it(fake, capsys, monkeypatch, answer):
     fake.states = [state("RUNNING")]
@@ -169,6 +186,37 @@ def test_ctrl_c_and_yes_stops_it_and_shows_how_it_ended(fake, capsys, monkeypatc
     out, err = capsys.readouterr()
     assert fake.stopped == [fake.jobs[0]["submission_id"]] and "ended: STOPPED" in err
     assert out == "a\nb\nc\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_before_the_answer_leaves_open_whether_there_is_a_job(
+    fake, capsys, monkeypatch, number
+):
+    def interrupt(job: JobSubmissionClient, method: str, *more: Any, **named: Any) -> object:
+        answer = ask(job, method, *more, **named)  # which the dashboard has taken
+        if method == "POST":
+            signal.raise_signal(number)
+        return answer
+
+    ask = SubmissionClient._do_request
+    monkeypatch.setattr(SubmissionClient, "_do_request", interrupt)
+    assert submit(fake, "--job-id", "mine") == 130
+    err = capsys.readouterr().err
+    assert "interrupted; mine may have been submitted\nfollow it:  ray job logs --address" in err
+    assert err.endswith(f"ray job stop --address {fake.address} mine\n") and len(fake.jobs) == 1
+
+
+def test_an_interruption_before_the_job_is_asked_for_leaves_none(fake, capsys):
+    Path("classes.txt").write_text("cat")
+
+    def interrupt(request: web.Request) -> None:
+        if request.method == "PUT":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fake.special = interrupt
+    assert submit(fake) == 130
+    assert capsys.readouterr().err.endswith("interrupted; no job was submitted\n")
+    assert not fake.jobs
 
 
 def test_exit_codes_without_a_code():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 
 import zsplg_ray
 from tests.cluster.submit.command import LABEL, submit
@@ -43,6 +44,7 @@ def test_a_job_is_the_verb_with_its_settings_its_files_and_our_code(fake, told):
     assert all(isinstance(value, str) for value in about.values())
     assert "hush-hush" not in out + err and "word" not in out + err
     assert "sends 1 file of" in err and "sets A_KEY, B" in err and "credentials in the" in err
+    assert "to the nodes; with --env whoever has the token can read them" in err
     name = job["submission_id"]
     assert name.startswith("label-") and out.startswith(f"{name} is a job on {fake.address}\n")
     assert f"ray job logs --address {fake.address} --follow {name}" in out
@@ -100,6 +102,13 @@ def test_a_run_is_not_looked_for_here(fake):
         (["--env", "A=B", "c", "--", *LABEL], "env must be a name and a value"),
         (["--working-dir", "none", "--", *LABEL], "working_dir must be a folder, got /"),
         (["--address", "ray://head:10001", "--", *LABEL], "give http://head:8265"),
+        (
+            ["--address", "ray://u:word@head:1", "--", *LABEL],
+            "got ray://***@head:1; give http://head:",
+        ),
+        (["--address", "ray://[::1]:1", "--", *LABEL], "give http://[::1]:8265"),
+        (["--address", "ray://[x:1", "--", *LABEL], "give http://HOST:8265"),
+        (["--working-dir", "~no-one-here", "--", *LABEL], "got ~no-one-here; write the whole path"),
         (["--address", "http://:8265", "--", *LABEL], "write http://head:8265"),
         (["--address", "http://head:x", "--", *LABEL], "write http://head:8265"),
         (["--address", "auto", "--", *LABEL], "write http://head:8265"),
@@ -142,6 +151,7 @@ def test_ray_settings_that_mean_nothing_there_are_told(fake, told):
         ("head", "http://head:8265"),
         ("head:1", "http://head:1"),
         ("http://head:1//", "http://head:1"),
+        ("HTTP://head:1", "http://head:1"),
         ("https://ray.example.org/team/", "https://ray.example.org/team"),
         ("http://[::1]:8265", "http://[::1]:8265"),
         (None, "http://127.0.0.1:8265"),
@@ -240,6 +250,37 @@ def test_a_cluster_that_says_no(fake, capsys, path, status, body, code, told):
     assert last.startswith("error: ") and told in last and not fake.jobs
 
 
+@pytest.mark.parametrize("raised", [RuntimeError("no\nroom"), ConnectionError("no room")])
+def test_what_rays_client_raises_is_one_line(fake, capsys, monkeypatch, raised):
+    def fail(*given: object, **named: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(room.JobSubmissionClient, "submit_job", fail)
+    assert submit(fake) == 1
+    assert capsys.readouterr().err.endswith("error: no room\n")
+
+
+def test_without_an_answer_there_may_be_a_job(fake, capsys):
+    def hang_up(request: web.Request) -> None:
+        if request.method == "POST":
+            assert request.transport is not None
+            request.transport.abort()
+
+    fake.special = hang_up
+    assert submit(fake, "--job-id", "mine") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "does not answer" in last and last.endswith("; mine may have been submitted")
+
+
+@pytest.mark.parametrize("name", ["_do_request", "_raise_error"])
+def test_a_ray_whose_client_is_another_is_refused(fake, capsys, monkeypatch, name):
+    monkeypatch.delattr(SubmissionClient, name)
+    assert submit(fake) == 1
+    err = capsys.readouterr().err
+    assert f"which is installed here, has no {name}; install an earlier Ray >=" in err
+    assert not fake.seen
+
+
 # The token ---------------------------------------------------------------------------------------
 
 
@@ -274,3 +315,15 @@ def test_the_token_is_found_where_ray_finds_it(fake, capsys, monkeypatch, tmp_pa
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/none")
     assert submit(fake) == 2
     assert "RAY_AUTH_TOKEN_PATH must be a file that holds the token" in capsys.readouterr().err
+
+
+def test_who_has_no_home_has_no_token_there(monkeypatch):
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    monkeypatch.setattr(Path, "home", lambda: nobody(Path()))
+    assert find_token() is None
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "~/token")
+    with pytest.raises(ValueError, match="RAY_AUTH_TOKEN_PATH must be a file that holds"):
+        find_token()

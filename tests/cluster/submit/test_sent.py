@@ -1,9 +1,12 @@
 """What of a working directory a job gets, and which places it will find."""
 
+import errno
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +74,44 @@ def test_what_is_whole_and_what_is_not(folder):
     assert sent.lacks("../a.yaml") == "../a.yaml lies outside of it"
     (folder / "lists/deep/big.csv").unlink()
     assert chosen(folder).lacks("lists/deep") is None
+
+
+@pytest.mark.parametrize("odd", ["!", "\\", "a\\", "[z-a]"])
+def test_lines_that_git_passes_over_are_passed_over(folder, odd):
+    write(folder, {".rayignore": f"{odd}\na.yaml\n"})
+    assert chosen(folder).lacks("a.yaml") == "a.yaml stays here: it is in .rayignore"
+    told = f"exclude must be patterns as in .gitignore, got {odd}; mend it"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        choose(folder, ["notes/", odd])
+
+
+def test_a_run_is_not_sent_even_from_inside_its_folder(folder):
+    files = {"run.json": "{}", "labels/part-00.parquet": "p", "preview.png": "", "classes.txt": ""}
+    run = write(folder / "inside", files)
+    sent = choose(run)
+    assert list(sent.files) == ["classes.txt"]
+    assert sent.lacks("run.json") == "run.json stays here: a file of a run"
+    assert sent.lacks(".") == "labels/part-00.parquet stays here: a file of a run"
+    assert not choose(run / "labels").files
+
+
+def test_a_folder_that_may_not_be_read_is_named(folder, monkeypatch):
+    shut = write(folder / "lists/vol", {"x.txt": ""})
+
+    def guarded(do: Any) -> Any:
+        def guard(path: Any, *more: Any, **named: Any) -> Any:
+            if shut in Path(path).parents or (do is os.scandir and Path(path) == shut):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return do(path, *more, **named)
+
+        return guard
+
+    monkeypatch.setattr(Path, "is_file", guarded(Path.is_file))
+    monkeypatch.setattr(os, "scandir", guarded(os.scandir))
+    told = f"working_dir must be readable, got {shut}; --exclude it or make it readable (Perm"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        choose(folder)
+    assert "a.yaml" in choose(folder, ["vol"]).files
 
 
 def test_the_zip_holds_just_that_and_is_the_same_again(folder, tmp_path):
@@ -142,6 +183,7 @@ def label(**given) -> config.LabelConfig:
         (label(clip=config.ClipConfig(model="ViT/sam.pth")), "got sam.pth (sam.pth stays here"),
         (label(mlflow=config.MlflowConfig(uri="sqlite:///m.db")), "mlflow.uri must be an address"),
         (label(mlflow=config.MlflowConfig(uri="mlruns")), "mlflow.uri must be an address"),
+        (label(mlflow=config.MlflowConfig(uri="sqlite+pysqlite:///m.db")), "mlflow.uri must be an"),
         (config.RelabelConfig(run="run"), "got run (run stays here: a run's folder)"),
         (config.TuneLabelsConfig(run=("/r", "old"), truth="/t"), "old stays here: a run's"),
         (config.TrainConfig(labeled="/l", zeroshot="run", out="/o"), "zeroshot must be"),
@@ -165,17 +207,27 @@ def test_places_that_a_job_would_not_find_are_refused(folder, settings, told):
         (label(classes="lists/classes.txt"), []),
         (label(classes="photos,cat"), []),
         (label(classes="cat"), []),
+        (label(classes="coco"), []),  # there are folders of these names too
+        (label(classes="run"), []),
+        (label(clip=config.ClipConfig(model="ViT-B-16/photos")), []),
+        (label(clip=config.ClipConfig(model="hf-hub:o/a.yaml")), []),
+        (label(clip=config.ClipConfig(model="ViT-B-16/~/c.pt")), ["clip.model ~/c.pt"]),
         (label(sam=config.SamConfig(checkpoint="/w/sam.pth")), ["sam.checkpoint /w/sam.pth"]),
         (label(clip=config.ClipConfig(model="ViT-B-16//w/c.pt")), ["clip.model /w/c.pt"]),
         (label(mlflow=config.MlflowConfig(uri="off", experiment="photos")), []),
         (label(mlflow=config.MlflowConfig(uri="http://m:5000")), []),
         (label(mlflow=config.MlflowConfig(uri="sqlite:////x/m.db")), []),
+        (label(mlflow=config.MlflowConfig(uri="databricks")), []),
+        (label(mlflow=config.MlflowConfig(uri="databricks-uc")), []),
+        (label(mlflow=config.MlflowConfig(uri="uc")), []),
+        (label(mlflow=config.MlflowConfig(uri="postgresql:///mlflow?host=/run/pg")), []),
         (config.TrainConfig(labeled="/l", out="s3://o"), ["labeled /l"]),
         (config.DoctorConfig(), []),
     ],
 )
 def test_places_that_a_job_finds(folder, settings, shared):
     (folder / "lists/deep/big.csv").unlink()
+    write(folder, {"coco/a.jpg": ""})
     assert check_places(settings, None, chosen(folder)) == shared
 
 

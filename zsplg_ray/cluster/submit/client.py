@@ -38,6 +38,7 @@ SEND_TIMEOUT_S = (10.0, 300.0)
 """The same while something is sent, which the cluster has to store before it answers."""
 
 _VERSION = "/api/version"
+_JOBS = "/api/jobs/"
 _FROM_ENV = "RAY_API_SERVER_ADDRESS"
 _LOGGERS = (
     *("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"),
@@ -60,9 +61,9 @@ def dashboard_address(given: str | None) -> str:
     """
     text = (given or os.environ.get(_FROM_ENV) or DEFAULT_ADDRESS).strip()
     scheme, there, rest = text.rpartition("://")
+    scheme = scheme.lower()
     if there and scheme not in ("http", "https"):
-        host = re.split(r"[:/?]", rest)[0]
-        fix = f"give http://{host}:{DEFAULT_PORT} (what `ray start` calls the dashboard)"
+        fix = f"give http://{_host(text)}:{DEFAULT_PORT} (what `ray start` calls the dashboard)"
         raise ValueError(complain("address", "a dashboard's, http://HOST:PORT", masked(text), fix))
     address = f"{scheme or 'http'}://{rest}".rstrip("/")
     try:
@@ -77,6 +78,15 @@ def dashboard_address(given: str | None) -> str:
     return address
 
 
+def _host(address: str) -> str:
+    """The host of an address, as it stands in another; HOST if there is none."""
+    try:
+        host = urlsplit(address).hostname or "HOST"
+    except ValueError:  # brackets around what is no address
+        return "HOST"
+    return f"[{host}]" if ":" in host else host
+
+
 def find_token() -> str | None:
     """The token of the cluster, where Ray itself looks: RAY_AUTH_TOKEN, the file that
     RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token; None if there is none, or if RAY_AUTH_MODE is
@@ -89,10 +99,10 @@ def find_token() -> str | None:
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
     try:
+        path = Path(named or "~/.ray/auth_token").expanduser()
         return path.read_text(encoding="ascii").strip() or None
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, RuntimeError) as e:  # RuntimeError: there is no home
         if not named:
             return None
         rule, fix = "a file that holds the token", "mend or unset it"
@@ -103,7 +113,18 @@ class Client(JobSubmissionClient):
     """Ray's client of one cluster, with time-outs and our kind of errors."""
 
     def __init__(self, address: str) -> None:
-        """Connect. Raises: ValueError if nothing, or something else, answers at `address`."""
+        """Connect.
+
+        Raises:
+            ValueError: Nothing, or something else, answers at `address`.
+            WorkError: Ray here is not one that this class fits.
+        """
+        for name in ("_do_request", "_raise_error"):  # Ray's own, and not promised to stay
+            if not hasattr(JobSubmissionClient, name):
+                told = f"the client of Ray {our_ray}, which is installed here, has no {name}"
+                raise WorkError(f"{told}; install an earlier Ray {_wanted('Ray')}")
+        self.unsure = False
+        """A job has been asked for, and there was no answer."""
         self.shown = masked(address)
         self.token = find_token()
         self.warnings: set[str] = set()
@@ -140,6 +161,7 @@ class Client(JobSubmissionClient):
     def _do_request(self, method: str, endpoint: str, **given: Any) -> requests.Response:
         """One request, as Ray's client makes all of them."""
         first = endpoint == _VERSION
+        self.unsure = starts = (method, endpoint) == ("POST", _JOBS)
         given.setdefault("timeout", TIMEOUT_S if method == "GET" else SEND_TIMEOUT_S)
         try:
             answer = super()._do_request(method, endpoint, **given)
@@ -150,13 +172,14 @@ class Client(JobSubmissionClient):
             raise self._no_answer("no answer in time", first) from e
         except requests.exceptions.RequestException as e:
             raise self._no_answer(_reason(e), first) from e
+        self.unsure = False
         if first:
             self._check_version("Ray", self._ray_version(answer))
         elif answer.status_code == requests.codes.request_entity_too_large:
             fix = "--exclude what the job does not read"
             rule = "no larger than the cluster takes, which is 100 MiB packed as a rule"
             raise ValueError(complain("working_dir", rule, "more", fix))
-        elif endpoint == "/api/jobs/" and not answer.ok and "already exists" in answer.text:
+        elif starts and not answer.ok and "already exists" in answer.text:
             rule, fix = "a name that no job there has had", "give another, or leave it out"
             raise ValueError(complain("job_id", rule, "one that is taken", fix))
         return answer

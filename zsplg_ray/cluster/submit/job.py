@@ -31,7 +31,7 @@ from zsplg_ray.cluster.submit.sent import Sent, check_size, choose, mib, pack
 from zsplg_ray.config import RayConfig, SubmitConfig
 from zsplg_ray.runinfo import recorded
 from zsplg_ray.safe_text import masked
-from zsplg_ray.settings import Section, complain, fingerprint, flatten
+from zsplg_ray.settings import Section, WorkError, complain, fingerprint, flatten
 
 log = logging.getLogger(__name__)
 
@@ -109,27 +109,50 @@ def submit(config: SubmitConfig, command: Command) -> Job:
     _check_ray(command.settings)
     sent = None
     if config.working_dir is not None:
-        root = Path(config.working_dir).expanduser().absolute()
-        sent = choose(root, config.exclude, package=zsplg_ray.__name__)
+        sent = choose(_root(config.working_dir), config.exclude, package=zsplg_ray.__name__)
     shared = check_places(command.settings, command.config_file, sent)
     if sent is not None:
         check_size(sent, config.max_working_dir_mib)
     client = Client(address)
     client.check_python()
+    job = Job(job_id, client.shown, command.out, client)
     if shared:
         log.info("taken to be the same place on all nodes: %s", masked(", ".join(shared)))
     if any(masked(word) != word for word in command.argv):
         told = "the credentials in the command can be read by whoever sees the cluster's dashboard"
-        log.warning("%s: better give them with --env, or to the nodes", told)
+        better = "better give them to the nodes; with --env whoever has the token can read them"
+        log.warning("%s: %s", told, better)
     with tempfile.TemporaryDirectory(prefix="zsplg_submit_") as scratch:
         environment = _runtime_env(config, sent, Path(scratch))
-        taken = client.submit_job(
+        _start(job, command, environment)
+    return job
+
+
+def _start(job: Job, command: Command, environment: dict[str, Any]) -> None:
+    """Have the cluster take the job; an error or interruption says so if it may have done that."""
+    try:
+        job.client.submit_job(
             entrypoint=command.line,
-            submission_id=job_id,
+            submission_id=job.job_id,
             runtime_env=environment,
             metadata=_metadata(command),
         )
-    return Job(taken, client.shown, command.out, client)
+    except KeyboardInterrupt as e:
+        if not job.client.unsure:
+            raise
+        raise KeyboardInterrupt(f"{job.job_id} may have been submitted\n{job.how_to}") from e
+    except (RuntimeError, ConnectionError) as e:
+        perhaps = f"; {job.job_id} may have been submitted" if job.client.unsure else ""
+        raise WorkError(" ".join(str(e).split()) + perhaps) from e
+
+
+def _root(working_dir: str) -> Path:
+    """The folder to send. Raises: ValueError if `~` is nobody's home."""
+    try:
+        return Path(working_dir).expanduser().absolute()
+    except RuntimeError as e:
+        fix = "write the whole path"
+        raise ValueError(complain("working_dir", "a folder", working_dir, fix)) from e
 
 
 def _job_id(config: SubmitConfig, verb: str) -> str:

@@ -21,6 +21,7 @@ from zsplg_ray.cluster.submit.sent import Sent
 from zsplg_ray.config import DoctorConfig
 from zsplg_ray.settings import Section, complain, is_section, setting_types
 from zsplg_ray.storage import is_address
+from zsplg_ray.vocab import SPECS
 
 NO_PLACES = frozenset(
     {
@@ -35,8 +36,10 @@ WRITTEN = frozenset({"out", "mlflow.uri"})
 """Places that are made if they are missing. Others are read, even where they are written too."""
 
 _LIST = re.compile(r"[*?[]")
-_RELATIVE_STORE = re.compile(r"(?!file:)\w+:///(?!/)")
+_RELATIVE_STORE = re.compile(r"sqlite(\+\w+)?:///(?!/)")
 """How a database in a relative file begins: sqlite:///mlflow.db."""
+_NAMED_STORE = re.compile(r"databricks(-uc)?|uc(:.+)?|arn:.+")
+"""MLflow's stores that have a name instead of an address."""
 
 
 def check_places(settings: Section, config_file: str | None, sent: Sent | None) -> list[str]:
@@ -97,7 +100,7 @@ def _everywhere(place: str) -> bool:
 
 def _check_written(name: str, place: str) -> None:
     """A result must not be written into the job's own copy of the working directory."""
-    if name == "mlflow.uri" and place in ("", "off"):
+    if name == "mlflow.uri" and (place in ("", "off") or _NAMED_STORE.fullmatch(place)):
         return
     if not _everywhere(place) or _RELATIVE_STORE.match(place):
         rule = "an address or an absolute path in a job, whose working directory goes with it"
@@ -128,26 +131,30 @@ def _place(name: str, text: str, sent: Sent | None) -> str | None:
     """The place that a text names, or None where it is the name of something built in."""
     here = sent.root if sent is not None else Path()
     if name == "classes":
-        named = "/" in text or Path(text).suffix == ".txt"
-        return text if "," not in text and (named or _exists(here / text)) else None
+        if text.strip().lower() in SPECS:
+            return None
+        named = "," not in text and ("/" in text or Path(text).suffix == ".txt")
+        return text if named or _is_file(here / text) else None
     if name == "student.init":
         return text if text != "shapes" else None
     if name == "clip.model":
         if text.startswith("local-dir:"):
             return text.removeprefix("local-dir:")
+        if text.startswith("hf-hub:"):
+            return None
         file = text.partition("/")[2]
-        return file if file.startswith("/") or (file and _exists(here / file)) else None
+        return file if file.startswith(("/", "~/")) or _is_file(here / file) else None
     return text
 
 
 def _same(path: Path, other: str) -> bool:
     """Whether both are the same file."""
-    return _exists(Path(other)) and path.samefile(other)
+    return _is_file(Path(other)) and path.samefile(other)
 
 
-def _exists(path: Path) -> bool:
-    """`Path.exists`, False also for what cannot be a path at all."""
+def _is_file(path: Path) -> bool:
+    """`Path.is_file`, False also for what cannot be a path at all."""
     try:
-        return path.exists()
+        return path.is_file()
     except (OSError, ValueError):
         return False

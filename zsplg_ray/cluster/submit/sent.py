@@ -10,8 +10,11 @@ zip of the same files has the same bytes, so a cluster that has it already is no
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import os
 import posixpath
+import re
 import stat
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +35,7 @@ _CACHES = ("__pycache__", "node_modules")
 _RECORDS = ("run.json", "train.json", "tune.json")
 """Files that make a folder one of a run."""
 _PARTS = ("segments", "labels", "errors")
+_PART = "part-*.parquet"
 _MLFLOW = ("mlflow.db", "mlruns", "mlartifacts", "mlflow-artifacts")
 _IGNORE_FILES = (".gitignore", ".rayignore")
 _SHOWN = 3
@@ -84,13 +88,18 @@ def choose(root: Path, exclude: Sequence[str] = (), *, package: str = "") -> Sen
         exclude: Further patterns of what stays, as in .gitignore.
         package: Name of a Python package that goes another way, so that no copy here hides it.
 
-    Raises: ValueError if there is no such folder, it cannot be read, or it has too many files.
+    Raises: ValueError if there is no such folder, it cannot be read, it has too many files, or a
+        pattern is none.
     """
     if not root.is_dir():
         fix = "give a folder, or None for no working directory"
         raise ValueError(complain("working_dir", "a folder", str(root), fix))
     rules: list[Rule] = []
     if exclude:
+        for line in exclude:
+            if not _is_pattern(line):
+                rule, fix = "patterns as in .gitignore", "mend it or leave it out"
+                raise ValueError(complain("exclude", rule, line, fix))
         rules.append(("", GitIgnoreSpec.from_lines(exclude), "--exclude"))
     walk = _Walk(root, package)
     walk.into("", rules, ())
@@ -153,16 +162,19 @@ class _Walk:
 
     def into(self, base: str, rules: list[Rule], above: Iterable[tuple[int, int]]) -> None:
         """Look at one folder and those in it; `above` are the folders that it lies in."""
+        try:
+            self._into(base, rules, above)
+        except OSError as e:  # of this folder: of those in it, it has been told
+            fix = f"--exclude it or make it readable ({e.strerror})"
+            raise ValueError(complain("working_dir", "readable", str(self.root / base), fix)) from e
+
+    def _into(self, base: str, rules: list[Rule], above: Iterable[tuple[int, int]]) -> None:
         folder = self.root / base
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
         if here in above:
             return  # a link that leads back
-        try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as e:
-            fix = f"--exclude it or make it readable ({e.strerror})"
-            raise ValueError(complain("working_dir", "readable", str(folder), fix)) from e
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         self._count(base, len(entries))
         rules = [*rules, *_ignored(folder, base)]
         for entry in entries:
@@ -193,6 +205,8 @@ class _Walk:
                 return f"it is in {name}"
         if folder:
             return _what_folder(Path(entry.path))
+        if entry.name in _RECORDS or fnmatch.fnmatchcase(entry.name, _PART):
+            return "a file of a run"  # in whose folder we are
         suffix = posixpath.splitext(entry.name)[1].lower()
         return "an image" if suffix in IMAGE_SUFFIXES else "weights" if suffix in _WEIGHTS else None
 
@@ -208,11 +222,12 @@ class _Walk:
 
 def _what_folder(folder: Path) -> str | None:
     """What a folder is that is never sent: an environment or a run."""
-    if (folder / "pyvenv.cfg").is_file():
-        return "a virtual environment"
-    parts = any(next((folder / kind).glob("part-*.parquet"), None) for kind in _PARTS)
-    if parts or any((folder / name).is_file() for name in _RECORDS):
-        return "a run's folder"
+    with contextlib.suppress(OSError):  # told where its files are looked at
+        if (folder / "pyvenv.cfg").is_file():
+            return "a virtual environment"
+        parts = any(next((folder / kind).glob(_PART), None) for kind in _PARTS)
+        if parts or any((folder / name).is_file() for name in _RECORDS):
+            return "a run's folder"
     return None
 
 
@@ -226,8 +241,18 @@ def _ignored(folder: Path, base: str) -> list[Rule]:
         file = folder / name
         if file.is_file():
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            found.append((base, GitIgnoreSpec.from_lines(lines), f"{base}{name}"))
+            spec = GitIgnoreSpec.from_lines(filter(_is_pattern, lines))
+            found.append((base, spec, f"{base}{name}"))
     return found
+
+
+def _is_pattern(line: str) -> bool:
+    """Whether a line is a pattern, a comment or empty; git itself passes over others."""
+    try:
+        GitIgnoreSpec.from_lines([line])
+    except (ValueError, re.error):
+        return False
+    return True
 
 
 def _is_text(name: str) -> bool:

@@ -75,6 +75,10 @@ IMPATIENCE_S = 10.0
 has failed, or is a trial among many."""
 
 _SQLITE = "sqlite:///"
+_NO_DATABASE = (
+    "%s is no place for a database: MLflow runs are in %s; give --mlflow.uri where they must "
+    "outlive this machine"
+)
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Else MLflow's page takes the experiment for one of language models."""
 _AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}
@@ -286,8 +290,7 @@ def store_uri(config: MlflowConfig, folder: RunFolder) -> str | None:
         return uri
     if not folder.local:
         here = Path("mlflow.db").absolute()
-        told = "%s is no place for a database: MLflow runs are in %s; give --mlflow.uri where they "
-        log.info(f"{told}must outlive this machine", masked(folder.uri), here)
+        log.info(_NO_DATABASE, masked(folder.uri), here)
         return f"{_SQLITE}{here}"
     return f"{_SQLITE}{folder.path}/mlflow.db"
 
