@@ -12,6 +12,7 @@ of its time importing torch.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import multiprocessing
@@ -92,7 +93,7 @@ class Cheap(OneByOne):
         if kind == EXITS:
             os._exit(3)
         if kind == CRASHES:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            ctypes.string_at(0)
         mask_HW = np.zeros(image_HWC.shape[:2], bool)
         mask_HW[2:9, 3:12] = True
         segments = Segments.from_masks(mask_HW[None], [0.9], [0.9])

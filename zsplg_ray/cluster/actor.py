@@ -115,7 +115,6 @@ class ImageActor:
 
     def __init__(self, job: Job, plan: Plan, ledger: Ledger) -> None:
         self.job, self.ledger, self.stage = job, ledger, job.task.verb
-        self._through: list[str] = []  # ids whose end the ledger has not heard of yet
         if job.folder.read_run() is None:  # the driver has written it before there are actors
             raise ValueError(unseen(job.folder))
         device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
@@ -175,8 +174,7 @@ class ImageActor:
         if not good:
             return
         ids = [image["image_id"] for image in good]
-        self.ledger.begin(self.stage, ids, self._through)
-        self._through = []
+        self.ledger.begin(self.stage, ids)  # until they are committed: a death may come late
         try:
             results = self.worker.process(good, [pixels(block, image) for image in good])
         except Exception as e:
@@ -192,7 +190,6 @@ class ImageActor:
                 to.add(self.job.task.rows(image, result))
             except Exception as e:  # one bad image never stops the rest
                 to.fail(image, self.stage, f"{type(e).__name__}: {e}", traceback.format_exc())
-        self._through = ids  # told with the next call: a call an image is saved
 
     def _hopeless(self, image: Row, to: PartWriter) -> bool:
         """Whether an image need not be tried; then it is written as failed."""
@@ -215,11 +212,9 @@ class ImageActor:
 
     def _commit(self, writer: PartWriter) -> list[Written]:
         ids = writer.ids
-        self.ledger.finish(self.stage, self._through)
-        self._through = []
         self.ledger.open(self.stage, ids)  # fails if the driver is gone: its heir may be at work
         written = writer.write()
-        self.ledger.commit(ids)
+        self.ledger.commit(self.stage, ids)
         return written
 
 

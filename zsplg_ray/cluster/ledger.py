@@ -8,8 +8,9 @@ before it starts on it. An image noted but never finished was under way when its
 Images that are worked on together are noted together, so one death makes all of them suspects. From
 then on each is tried alone: the guilty one dies again and is put aside, the others come through.
 Reading is quick, so there all images of a block are noted in one call; labelling notes each group
-of images that goes through the model, and says with the same call that the last one is through. So
-an image costs little more than one call, and one ledger is enough for hundreds of images a second.
+of images that goes through the model, and they stay noted until their rows are written, for what an
+image has broken may show only then. So an image costs little more than one call, and one ledger is
+enough for hundreds of images a second.
 
 The ledger lives for one run of the driver: after a kill of the driver itself everybody starts with
 a clean sheet, for then the images under way were not to blame.
@@ -45,9 +46,8 @@ class LedgerBook:
         self.begin(stage, [image_id for image_id, times in deaths.items() if not times])
         return deaths
 
-    def begin(self, stage: str, image_ids: list[str], through: Sequence[str] = ()) -> None:
-        """Note that work starts on images, on all of them together, and `finish` on `through`."""
-        self.finish(stage, through)
+    def begin(self, stage: str, image_ids: list[str]) -> None:
+        """Note that work starts on images: on all of them together."""
         self.begun.update((stage, image_id) for image_id in image_ids)
 
     def finish(self, stage: str, image_ids: Sequence[str]) -> None:
@@ -55,9 +55,10 @@ class LedgerBook:
         for image_id in image_ids:
             self.begun.pop((stage, image_id), None)
 
-    def commit(self, image_ids: list[str]) -> None:
-        """The rows of these images stand in the run's folder."""
+    def commit(self, stage: str, image_ids: list[str]) -> None:
+        """The rows of these images stand in the run's folder: nobody has died of them."""
         self.committed.update(image_ids)
+        self.finish(stage, image_ids)
 
 
 class Ledger:
@@ -82,17 +83,17 @@ class Ledger:
         """See LedgerBook.enter."""
         return ray.get(self._handle.enter.remote(stage, image_ids))
 
-    def begin(self, stage: str, image_ids: list[str], through: Sequence[str] = ()) -> None:
+    def begin(self, stage: str, image_ids: list[str]) -> None:
         """See LedgerBook.begin; returns when it is noted."""
-        ray.get(self._handle.begin.remote(stage, image_ids, through))
+        ray.get(self._handle.begin.remote(stage, image_ids))
 
     def finish(self, stage: str, image_ids: Sequence[str]) -> None:
         """See LedgerBook.finish; does not wait, since calls of one worker keep their order."""
         self._handle.finish.remote(stage, image_ids)
 
-    def commit(self, image_ids: list[str]) -> None:
+    def commit(self, stage: str, image_ids: list[str]) -> None:
         """See LedgerBook.commit; returns when it is noted."""
-        ray.get(self._handle.commit.remote(image_ids))
+        ray.get(self._handle.commit.remote(stage, image_ids))
 
     def close(self) -> None:
         """End the ledger."""
