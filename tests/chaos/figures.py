@@ -123,6 +123,32 @@ def tell(fault: Fault) -> None:
             lines.write(json.dumps(asdict(fault)) + "\n")
 
 
+def settle(
+    folder: RunFolder,
+    ids: Collection[str],
+    started: int,
+    fault: str,
+    times: int,
+    recover_s: float | None,
+    note: str = "",
+) -> Fault:
+    """Judge a folder, tell the figures, and see that nothing is lost and nothing twice."""
+    lost, duplicated, recomputed = judge(folder, ids, started)
+    told = Fault(
+        fault=fault,
+        times=times,
+        images=len(ids),
+        lost=lost,
+        duplicated=duplicated,
+        recomputed=recomputed,
+        recover_s=recover_s,
+        note=note,
+    )
+    tell(told)
+    assert (lost, duplicated) == (0, 0), told
+    return told
+
+
 def _cells(trials: list[Fault]) -> list[str]:
     """A row of the table: sums over trials of one fault, and the usual time and the worst."""
     names = ("times", "images", "lost", "duplicated", "recomputed")

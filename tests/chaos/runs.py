@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from tests.chaos.figures import Fault, judge, tell
+from tests.chaos.figures import Fault, settle
 from tests.cluster.rigged import OneByOne
 from zsplg_ray.cluster import decode
 from zsplg_ray.label.segments import Segments
@@ -289,19 +289,8 @@ class Run:
 
     def settle(self, fault: str, times: int, fault_at: float | None, note: str = "") -> Fault:
         """Judge the folder, tell the figures, and see that nothing is lost and nothing twice."""
-        lost, duplicated, recomputed = judge(self.folder, self.ids, len(self.notes()))
-        told = Fault(
-            fault=fault,
-            times=times,
-            images=len(self.ids),
-            lost=lost,
-            duplicated=duplicated,
-            recomputed=recomputed,
-            recover_s=None if fault_at is None else self.recover_s(fault_at),
-            note=note,
-        )
-        tell(told)
-        assert (lost, duplicated) == (0, 0), told
+        recover_s = None if fault_at is None else self.recover_s(fault_at)
+        told = settle(self.folder, self.ids, len(self.notes()), fault, times, recover_s, note)
         assert not unfinished(self.folder), "files that no run has finished are in the way"
         return told
 

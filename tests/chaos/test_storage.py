@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.figures import Fault, judge, tell
+from tests.chaos.figures import settle
 from tests.chaos.runs import GOOD, LoadStudent
 from tests.student.models import write_model
 from zsplg_ray.rundir import RunFolder
@@ -25,23 +25,10 @@ def on_the_store(start_run, standing, bucket, proxy, count, *flags, **options):
     return run
 
 
-def settle(run, fault: str, times: int, recover_s: float | None, started: int, note: str) -> Fault:
+def settle_run(run, fault: str, recover_s: float | None, started: int, note: str) -> None:
     """Judge the folder, which is on no disk, and tell the figures."""
-    lost, duplicated, recomputed = judge(run.folder, run.ids, started)
-    told = Fault(
-        fault=fault,
-        times=times,
-        images=len(run.ids),
-        lost=lost,
-        duplicated=duplicated,
-        recomputed=recomputed,
-        recover_s=recover_s,
-        note=note,
-    )
-    tell(told)
-    assert (lost, duplicated) == (0, 0), told
+    settle(run.folder, run.ids, started, fault, 1, recover_s, note)
     assert run.folder.read("errors") is None, "a failure of the store is no fault of an image"
-    return told
 
 
 def shown(proxy) -> str:
@@ -53,7 +40,7 @@ def test_5_percent_of_all_requests_fail(standing, start_run, bucket, faulty, tmp
     with faulty(share=0.05, seed=seed) as proxy:
         run = on_the_store(start_run, standing, bucket, proxy, 60)
         run.start().end()
-        settle(run, "5 % of storage requests fail: label", 1, None, len(run.notes()), shown(proxy))
+        settle_run(run, "5 % of storage requests fail: label", None, len(run.notes()), shown(proxy))
         started = len(run.notes())
         run.start().end()
         assert len(run.notes()) == started, "the same command again has nothing to do"
@@ -64,7 +51,7 @@ def test_5_percent_of_all_requests_fail(standing, start_run, bucket, faulty, tmp
         names = run.folder.parts("labels")
         metas = [run.folder.part_meta("labels", name) for name in names]
         assert {m["labels_fingerprint"] for m in metas} == {state["labels_fingerprint"]}
-        settle(run, "5 % of storage requests fail: relabel", 1, None, started, shown(proxy))
+        settle_run(run, "5 % of storage requests fail: relabel", None, started, shown(proxy))
         model = Path(write_model(tmp_path / "best.pt")).read_bytes()
         RunFolder(bucket.uri()).write_bytes("best.pt", model)
         flags = ("--model", bucket.uri("best.pt", proxy, keys=KEYS), "--fuse", run.folder.uri)
@@ -73,7 +60,7 @@ def test_5_percent_of_all_requests_fail(standing, start_run, bucket, faulty, tmp
         predict.load = LoadStudent(predict.load.notes)
         predict.start().end()
         began = len(predict.notes())
-        settle(predict, "5 % of storage requests fail: predict", 1, None, began, shown(proxy))
+        settle_run(predict, "5 % of storage requests fail: predict", None, began, shown(proxy))
     assert proxy.failed.total() > 10
 
 
@@ -93,5 +80,5 @@ def test_the_store_is_away_for_a_while(standing, start_run, bucket, faulty, seed
         recover_s = time.time() - back
         driver.end()
         note = f"away for 9 s: {proxy.failed.total()} requests refused"
-        settle(run, "storage away in the middle of a run", 1, recover_s, len(run.notes()), note)
+        settle_run(run, "storage away in the middle of a run", recover_s, len(run.notes()), note)
         assert proxy.failed["refused"] > 30

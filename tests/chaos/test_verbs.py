@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import IN_FLIGHT
-from tests.chaos.figures import Fault, judge, tell
+from tests.chaos.figures import settle
 from tests.chaos.runs import GOOD, LoadStudent
 from tests.student.models import write_model
 from zsplg_ray.views.evaluate import open_labels
@@ -59,16 +59,6 @@ def test_relabel_is_killed(standing, start_run, seed):
         folder.part_meta("labels", n)["labels_fingerprint"] for n in folder.parts("labels")
     }
     assert made_with == {state["labels_fingerprint"]}
-    lost, duplicated, recomputed = judge(folder, run.ids, started)
-    fault = Fault(
-        fault="kill -9 of the driver of relabel",
-        times=1,
-        images=len(run.ids),
-        lost=lost,
-        duplicated=duplicated,
-        recomputed=recomputed,
-        recover_s=recover_s,
-        note=f"{before} of {len(old)} parts were new",
-    )
-    tell(fault)
-    assert (lost, duplicated, recomputed) == (0, 0, 0)
+    name, note = "kill -9 of the driver of relabel", f"{before} of {len(old)} parts were new"
+    fault = settle(folder, run.ids, started, name, 1, recover_s, note)
+    assert fault.recomputed == 0

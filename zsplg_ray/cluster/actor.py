@@ -2,7 +2,7 @@
 
 The actor itself writes the parts: a part is on disk before Ray hears of it, so a crash costs at
 most the images that were with an actor (`actors.in_flight` of them). What stands in valid parts is
-not done again; what stands there twice after a crash is mended (rundir.repair).
+not done again; what stands there twice after a crash is mended (exactly_once).
 
 Which model it is, and which rows it makes, is a `Task`: the verbs differ in nothing else. Torch is
 loaded where a model needs it and not with this module: it takes hundreds of MiB.

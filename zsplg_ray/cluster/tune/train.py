@@ -178,7 +178,7 @@ def plan_room(config: TuneTrainConfig, cluster: Cluster) -> tuple[Crew, int]:
             sized = replace(workers, num=None, cpus=0.0, min=None)
             fitting = plan_crew(sized, cluster, config.device).num
         elif workers.cpus:  # nothing else says how many where there are no GPUs
-            fitting = sum(int(n.get("CPU", 0.0) / workers.cpus + 1e-9) for n in cluster.up)
+            fitting = Cluster(cluster.up).room({"CPU": workers.cpus})
         at_once = max(1, fitting // num)
     else:
         at_once = asked
