@@ -30,20 +30,6 @@ def always_worth_it():
         yield
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """Names of the parts that are opened."""
-    opened = []
-    read_part = RunFolder.read_part
-
-    def noting(self, kind, name, columns=None):
-        opened.append((kind, name))
-        return read_part(self, kind, name, columns)
-
-    monkeypatch.setattr(RunFolder, "read_part", noting)
-    return opened
-
-
 def age(folder, seconds=3600):
     """As if the parts had been written long ago."""
     for path in Path(folder.path).glob("*/*.parquet"):

@@ -82,18 +82,10 @@ def test_the_command_line_prints_a_table(capsys):
 
 
 @pytest.mark.ray
-def test_two_pretended_nodes_label_each_image_once_and_no_part_is_read_back(tmp_path, monkeypatch):
-    opened = []
-    read_part = RunFolder.read_part
-
-    def noting(self, kind, name, columns=None):
-        opened.append((kind, name))
-        return read_part(self, kind, name, columns)
-
-    monkeypatch.setattr(RunFolder, "read_part", noting)
+def test_two_pretended_nodes_label_each_image_once_and_no_part_is_read_back(tmp_path, reads):
     with session(nodes=2, cpus=2, raylets=False):
         meter, seen, _ = label_simulated(tmp_path, 40, actors=2, latency_s=0.02, in_flight=8)
-    assert not opened, "the actors told of the parts that they wrote"
+    assert not reads, "the actors told of the parts that they wrote"
     assert seen.actors <= 2 and not (tmp_path / "notes" / str(os.getpid())).exists()
     assert meter.cpu_s()["actors"] > 0 and meter.cpu_s()["driver"] > 0
     folder = RunFolder(str(tmp_path / "run"))

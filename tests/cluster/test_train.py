@@ -4,11 +4,9 @@ import logging
 import os
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
 import torch
 from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
 
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
@@ -41,19 +39,6 @@ def straight(ray_local, world, tmp_path_factory):
     """A run that nobody disturbs."""
     out = tmp_path_factory.mktemp("straight") / "run"
     return out, train(config(world, out, **RESUMED))
-
-
-@pytest.fixture
-def bucket():
-    """Address of a folder in an object store; the key stands in it, so workers need no other."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override=http%3A%2F%2F{host}%3A{port}&scheme=http&region=us-east-1"
-    fs, _ = pafs.FileSystem.from_uri(f"s3://a:b@runs/?{options}&allow_bucket_creation=true")
-    fs.create_dir("runs")
-    yield f"s3://a:b@runs/model?{options}"
-    server.stop()
 
 
 def weights(out) -> dict[str, torch.Tensor]:
@@ -123,13 +108,14 @@ def test_two_workers_do_what_one_does_and_out_may_be_an_object_store(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     three_steps = {"train.epochs": 1, "train.batch_unlabeled": 4, "train.batch_labeled": 4}
     one = train(config(world, tmp_path / "one", **three_steps, **{"mlflow.uri": None}))
-    two = train(config(world, bucket, **three_steps, **{"workers.num": 2}))
+    there = bucket.uri("model", keys="a:b@")  # the workers need no other key
+    two = train(config(world, there, **three_steps, **{"workers.num": 2}))
     assert one["last"]["step"] == two["last"]["step"] == 3
     assert two["workers"]["num"] == 2
     for name in ("loss", "loss_x", "loss_s1", "loss_s2", "loss_fp", "val_miou"):
         assert two["history"][0][name] == pytest.approx(one["history"][0][name], abs=1e-5), name
-    assert differences(tmp_path / "one", bucket) < 1e-5
-    folder = RunFolder(bucket)
+    assert differences(tmp_path / "one", there) < 1e-5
+    folder = RunFolder(there)
     assert read_training(folder) == two
     assert folder.read_bytes("last.pt") is not None and folder.read_bytes("preview.png")
 

@@ -7,11 +7,9 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import pyarrow.fs as pafs
 import pytest
 import safetensors.torch
 import torch
-from moto.server import ThreadedMotoServer
 
 from tests.student.models import TINY
 from zsplg_ray.config import StudentConfig
@@ -132,23 +130,12 @@ def test_a_run_s_folder_stands_for_its_best_model(tmp_path, tiny):
     assert load_student((tmp_path / "last.pt").as_uri()).sha256 == weights_sha256(other)
 
 
-def test_a_model_in_an_object_store(tiny, monkeypatch):
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(key, "test")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    options = f"endpoint_override=http%3A%2F%2F{host}%3A{port}&scheme=http&region=us-east-1"
-    fs, _ = pafs.FileSystem.from_uri(f"s3://models/?{options}&allow_bucket_creation=true")
-    fs.create_dir("models")
-    RunFolder(f"s3://models/run?{options}").write_bytes(
-        "best.pt", pack(tiny.state_dict(), TINY, CLASSES)
-    )
-    for uri in (f"s3://models/run?{options}", f"s3://models/run/best.pt?{options}"):
-        assert load_student(uri).sha256 == weights_sha256(tiny)
-    assert "exists" in refusal(f"s3://models/none?{options}")
-    server.stop()
+def test_a_model_in_an_object_store(tiny, bucket):
+    model = pack(tiny.state_dict(), TINY, CLASSES)
+    RunFolder(bucket.uri("run")).write_bytes("best.pt", model)
+    for path in ("run", "run/best.pt"):
+        assert load_student(bucket.uri(path)).sha256 == weights_sha256(tiny)
+    assert "exists" in refusal(bucket.uri("none"))
 
 
 def test_what_is_packed_is_plain_and_carries_its_format(tiny):
