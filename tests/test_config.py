@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 from collections import ChainMap
+from pathlib import Path
 from typing import get_args, get_origin
 
 import pytest
@@ -60,7 +61,8 @@ OTHER_VALUES = {
 def docstrings() -> dict[str, dict[str, str]]:
     """Class -> field -> the text under it, read from the source."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    sources = (path.read_text() for path in sorted(Path(config.__file__).parent.glob("*.py")))
+    for node in (node for source in sources for node in ast.parse(source).body):
         if not isinstance(node, ast.ClassDef):
             continue
         texts = found.setdefault(node.name, {})

@@ -1,4 +1,4 @@
-"""How settings work: checks, names, YAML, overrides, fingerprints. The settings are in config.py.
+"""How settings work: checks, names, YAML, overrides, fingerprints. The settings are in config/.
 
 What enters: dataclasses derived from `Section`, mappings of plain values. What leaves: checked
 objects, or a ValueError of one line that names the setting, its rule, the value and the fix.
