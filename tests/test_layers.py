@@ -16,12 +16,12 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 COMMAND_LINE = {"zsplg_ray.cli", "zsplg_ray.verbs"}
-ABOVE_CLUSTER = {*COMMAND_LINE, "zsplg_ray.demo"}
+ABOVE_CLUSTER = {*COMMAND_LINE, "zsplg_ray.demo", "zsplg_ray.api"}
 PLAIN = (
     *("settings", "config", "vocab", "records", "rundir", "exactly_once", "runinfo", "storage"),
     "filesystems",
     "part_index",
-    *("sources", "images", "coco", "masks", "metrics", "signals"),
+    *("sources", "images", "coco", "masks", "labels", "metrics", "signals"),
     *("safe_text", "safe_yaml", "parquet_texts", "part_check"),
 )
 """Modules of the lowest layer."""

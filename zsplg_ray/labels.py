@@ -9,7 +9,7 @@ Shapes: H, W pixels; C = 3 channels (RGB).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -26,6 +26,8 @@ from zsplg_ray.vocab import ClassList
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from zsplg_ray.labels_torch import LabelDataset
 
 SMALL = ["image_id", "uri", "width", "height", "class_px", "source", "confidence"]
 """Columns of labels/ without the maps."""
@@ -66,11 +68,9 @@ class LabelledImage:
             label's size any more.
         """
         image_HWC = decode_image(read_bytes(self.uri))
-        if image_HWC.shape[:2] != (self.height, self.width):
-            rule, shown = (
-                f"{self.width} x {self.height}",
-                "x".join(map(str, image_HWC.shape[1::-1])),
-            )
+        height, width = image_HWC.shape[:2]
+        if (height, width) != (self.height, self.width):
+            rule, shown = f"{self.width} x {self.height}", f"{width} x {height}"
             raise ValueError(complain(f"image {self.image_id}", rule, shown, "label it again"))
         return image_HWC
 
@@ -177,3 +177,9 @@ class Labels(Sequence[LabelledImage]):
         for name, column in zip(self.classes.names, px.T, strict=True):
             frame[f"share of {name}"] = column / area
         return frame.set_index("image_id")
+
+    def to_torch(self, transform: Callable[[dict[str, Any]], Any] | None = None) -> LabelDataset:
+        """A torch data set of images and labels; see `labels_torch.LabelDataset`."""
+        from zsplg_ray.labels_torch import LabelDataset
+
+        return LabelDataset(self, transform)
