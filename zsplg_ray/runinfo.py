@@ -7,6 +7,7 @@ the stored segments or labels depend on has changed.
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import logging
 from collections.abc import Iterable, Mapping
@@ -116,6 +117,14 @@ def recorded(config: Section) -> dict[str, Any]:
     if isinstance(uri, str):
         flat["mlflow.uri"] = masked(uri)  # nobody opens it from here
     return flat
+
+
+def user_name() -> str:
+    """Who works here, for people who read it; "unknown" where a container's user has no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return "unknown"
 
 
 def with_fingerprints(run: dict[str, Any]) -> dict[str, Any]:

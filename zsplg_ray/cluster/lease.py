@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import getpass
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from zsplg_ray.rundir import RunFolder
+from zsplg_ray.runinfo import user_name
 from zsplg_ray.safe_text import masked
 from zsplg_ray.settings import WorkError, complain
 
@@ -166,9 +166,6 @@ class HeldLease(Lease):
 
 def describe(owner: str) -> dict[str, Any]:
     """What a lease says of its owner, for people and for other runs."""
-    user = "?"
-    with contextlib.suppress(KeyError, OSError, ImportError):
-        user = getpass.getuser()
     job = None
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         asked = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
@@ -177,7 +174,7 @@ def describe(owner: str) -> dict[str, Any]:
     return {
         "owner": owner,
         "host": socket.gethostname(),
-        "user": user,
+        "user": user_name(),
         "pid": os.getpid(),
         "job": job,
         "since": now.isoformat(timespec="seconds"),

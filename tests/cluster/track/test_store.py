@@ -8,7 +8,7 @@ from tests.cluster.tracking import table
 from zsplg_ray.cluster.track.store import Store, in_short, is_refused, store_uri
 from zsplg_ray.config import MlflowConfig, TrainConfig
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.runinfo import masked, recorded
+from zsplg_ray.runinfo import masked, recorded, user_name
 from zsplg_ray.settings import from_mapping
 
 
@@ -58,6 +58,7 @@ def test_a_run_is_found_again_and_takes_what_it_has_not_got(mlflow_store, tmp_pa
     second.open()
     run_id, new = first.begin("one", {"zsplg_ray.run": "1"}, {"zsplg_ray.verb": "label"}, 1e9)
     assert new and second.begin("two", {"zsplg_ray.run": "1"}) == (run_id, False)
+    assert first.client.get_run(run_id).data.tags["mlflow.user"] == user_name()
     assert second.begin("two", {"zsplg_ray.run": "2"})[0] != run_id
     first.send(run_id, {"a": 1, "odd:name": None}, {"x": 0.5, "none": None}, {"t": "http://a:b@c"})
     second.send_missing_params(run_id, {"a": 2, "b": "http://a:b@c", "odd:name": None})

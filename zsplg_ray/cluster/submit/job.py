@@ -11,7 +11,6 @@ The job runs `python -m zsplg_ray.cli VERB ...`, with the package as it is insta
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from zsplg_ray.cluster.submit.client import Client, dashboard_address
 from zsplg_ray.cluster.submit.places import check_places
 from zsplg_ray.cluster.submit.sent import Sent, check_size, choose, mib, pack
 from zsplg_ray.config import RayConfig, SubmitConfig
-from zsplg_ray.runinfo import recorded
+from zsplg_ray.runinfo import recorded, user_name
 from zsplg_ray.safe_text import masked
 from zsplg_ray.settings import Section, WorkError, complain, fingerprint, flatten
 
@@ -190,14 +189,10 @@ def _check_ray(settings: Section) -> None:
 
 def _metadata(command: Command) -> dict[str, str]:
     """What the cluster keeps beside the job, for people: no credentials."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        user = "unknown"
     told = {
         "verb": command.verb,
         "fingerprint": fingerprint(recorded(command.settings)),
-        "user": user,
+        "user": user_name(),
         "version": zsplg_ray.__version__,
     }
     return told | ({"out": command.out} if command.out else {})

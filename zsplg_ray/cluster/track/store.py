@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING, Any
 from zsplg_ray import __version__
 from zsplg_ray.config import MlflowConfig
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.runinfo import masked
+from zsplg_ray.runinfo import masked, user_name
 from zsplg_ray.storage import Place
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class Store:
             return found[0].info.run_id, False
         verb = key.get(f"{PREFIX}verb") or (tags or {}).get(f"{PREFIX}verb", "")
         values = {f"{PREFIX}version": __version__, "mlflow.source.name": f"zsplg {verb}".strip()}
+        values["mlflow.user"] = user_name()
         values |= {**(tags or {}), **key}
         name = values.pop("mlflow.runName", name)
         at = None if began_s is None else int(began_s * 1000)
