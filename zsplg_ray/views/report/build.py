@@ -26,7 +26,15 @@ from zsplg_ray.safe_text import masked
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 from zsplg_ray.views.report import charts, choose, page, records, tiles
-from zsplg_ray.views.report.counts import Counted, MapCount, Totals, count, is_number, read_maps
+from zsplg_ray.views.report.counts import (
+    Counted,
+    Map,
+    MapCount,
+    Totals,
+    count,
+    is_number,
+    read_maps,
+)
 from zsplg_ray.views.report.sources import Rows, Sources, in_batches, open_sources
 
 log = logging.getLogger(__name__)
@@ -164,14 +172,15 @@ def _pixels(rows: Rows) -> int:
 
 
 def _drawn(
-    rows: Rows, maps: Sequence[Any], counted: Counted, camera: tiles.Photographer
+    rows: Rows, maps: Sequence[Map | None], counted: Counted, camera: tiles.Photographer
 ) -> dict[str, Any]:
     """What the page's script needs to show one image; bytes as text."""
-    size_hw = maps[0].shape if maps[0] is not None else None
+    size_hw = maps[0].label_HW.shape if maps[0] is not None else None
     photo = camera.take(rows.row.uri, size_hw)
     if photo.why:
         counted.notes.append(photo.why)
-    pngs = [None if m is None else _text(tiles.small_map(m, camera.side_px)) for m in maps]
+    small = (m and tiles.small_map(m.label_HW, camera.side_px) for m in maps)
+    pngs = [_text(png) for png in small]
     return {"photo": _text(photo.jpeg), "why": photo.why, "maps": pngs}
 
 

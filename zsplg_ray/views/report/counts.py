@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from zsplg_ray.labels import LabelledImage
 from zsplg_ray.masks import Truth
 from zsplg_ray.metrics import confusion, grouped_confusion, scores
 from zsplg_ray.records import IGNORE, decode_png
@@ -107,36 +106,35 @@ class Totals:
             self.misfits.append(why)
 
 
-def label_map(row: LabelledImage | None, n_classes: int) -> np.ndarray | None:
-    """The label map of a row, uint8 [H, W], None for no row.
+@dataclass(frozen=True, eq=False)
+class Map:
+    """A label map that has been looked at."""
 
-    Raises: ValueError if it is broken or holds classes that there are not.
-    """
-    return None if row is None else _checked(decode_png(row.label_png), n_classes, "labels")
+    label_HW: np.ndarray
+    """uint8, class indices, 255: open."""
+    px_256: np.ndarray
+    """int64, pixels by label."""
 
-
-def _checked(label_HW: np.ndarray, n_classes: int, name: str) -> np.ndarray:
-    found = np.bincount(label_HW.ravel(), minlength=256)
-    wrong = np.flatnonzero(found[n_classes:IGNORE])
-    if len(wrong):
-        rule = f"class indices below {n_classes}, or {IGNORE}"
-        raise ValueError(complain(name, rule, int(wrong[0]) + n_classes, "mend the map"))
-    return label_HW
+    @property
+    def shares(self) -> dict[int, float]:
+        """Class index -> share of pixels, what does not occur left out."""
+        total = int(self.px_256.sum())
+        return {int(k): int(self.px_256[k]) / total for k in np.flatnonzero(self.px_256)}
 
 
 @dataclass(frozen=True)
 class Maps:
-    """The label maps of one image, uint8 [H, W], None where there is none that can be used."""
+    """The label maps of one image, None where there is none that can be used."""
 
-    labels: np.ndarray | None
-    others: tuple[np.ndarray | None, ...]
-    truth: np.ndarray | None
+    labels: Map | None
+    others: tuple[Map | None, ...]
+    truth: Map | None
     notes: tuple[str, ...]
     misfit: str = ""
     """Why its mask could not be compared."""
 
     @property
-    def all(self) -> tuple[np.ndarray | None, ...]:
+    def all(self) -> tuple[Map | None, ...]:
         """In the order in which they are shown."""
         return (self.labels, *self.others, self.truth)
 
@@ -145,34 +143,40 @@ def read_maps(rows: Rows, truth: Truth | None, n_classes: int) -> Maps:
     """Decode what there is of an image; what does not fit is left out, with a note."""
     notes = []
     try:
-        labels = label_map(rows.row, n_classes)
+        labels = _checked(decode_png(rows.row.label_png), n_classes, None)
     except ValueError:
         labels, notes = None, ["its labels are broken"]
-    others = []
+    others: list[Map | None] = []
     for i, row in enumerate(rows.others):
-        try:
-            other = _fitting(label_map(row, n_classes), labels)
-        except ValueError:
-            other = None
-            notes.append(f"the labels of comparison {i + 1} do not fit")
+        other = None
+        if row is not None:
+            try:
+                other = _checked(decode_png(row.label_png), n_classes, labels)
+            except ValueError:
+                notes.append(f"the labels of comparison {i + 1} do not fit")
         others.append(other)
     mask, misfit = None, ""
     if truth is not None and truth.has(rows.row.image_id):
         try:
-            mask = _fitting(_checked(truth.read(rows.row.image_id), n_classes, "truth"), labels)
+            mask = _checked(truth.read(rows.row.image_id), n_classes, labels)
         except (OSError, ValueError) as e:
             notes.append("its mask does not fit")
             misfit = one_line(shortened(f"{e} (image {rows.row.image_id})"))
     return Maps(labels, tuple(others), mask, tuple(notes), misfit)
 
 
-def _fitting(map_HW: np.ndarray | None, labels_HW: np.ndarray | None) -> np.ndarray | None:
-    """The map, if it has the size of the labels. Raises: ValueError."""
-    if map_HW is None or labels_HW is None or map_HW.shape == labels_HW.shape:
-        return map_HW
-    rule = f"{labels_HW.shape[1]} x {labels_HW.shape[0]} as its labels"
-    shown = f"{map_HW.shape[1]} x {map_HW.shape[0]}"
-    raise ValueError(complain("map", rule, shown, "compare maps of the same image"))
+def _checked(label_HW: np.ndarray, n_classes: int, labels: Map | None) -> Map:
+    """The map, if it holds known classes and is of the size of the labels. Raises: ValueError."""
+    if labels is not None and label_HW.shape != labels.label_HW.shape:
+        (height, width), (h, w) = labels.label_HW.shape, label_HW.shape
+        fix = "compare maps of the same image"
+        raise ValueError(complain("map", f"{width} x {height} as the labels", f"{w} x {h}", fix))
+    px_256 = np.bincount(label_HW.ravel(), minlength=256)
+    wrong = np.flatnonzero(px_256[n_classes:IGNORE])
+    if len(wrong):
+        rule, fix = f"of class indices below {n_classes}, or {IGNORE}", "bring it to these classes"
+        raise ValueError(complain("map", rule, int(wrong[0]) + n_classes, fix))
+    return Map(label_HW, px_256)
 
 
 def count(rows: Rows, maps: Maps, names: Sequence[str], totals: Totals | None) -> Counted:
@@ -186,63 +190,61 @@ def count(rows: Rows, maps: Maps, names: Sequence[str], totals: Totals | None) -
     """
     counted = Counted(notes=list(maps.notes), others=[None] * len(maps.others))
     if maps.truth is not None:
-        counted.truth = MapCount(_shares(maps.truth))
-    labels = maps.labels
-    if labels is None:
+        counted.truth = MapCount(maps.truth.shares)
+    if maps.labels is None:
         return counted
-    px = np.bincount(labels.ravel(), minlength=256)
-    counted.labels = MapCount(_shares_of(px))
+    counted.labels = MapCount(maps.labels.shares)
     if totals is not None:
         totals.add("images", 1)
-        totals.add("px_256", px)
-    _count_scores(rows, maps, counted, names, totals)
+        totals.add("px_256", maps.labels.px_256)
+    _count_scores(rows, maps.labels, maps.truth, counted, names, totals)
     for i, other in enumerate(maps.others):
         if other is not None:
-            _count_other(i, other, maps, counted, names, totals)
+            counted.others[i] = _count_other(i, other, maps, names, totals)
     return counted
 
 
 def _count_scores(
-    rows: Rows, maps: Maps, counted: Counted, names: Sequence[str], totals: Totals | None
-) -> None:
-    """The run's own labels, by score, against the truth."""
-    labels = maps.labels
-    assert labels is not None and counted.labels is not None
-    try:
-        score = decode_png(rows.row.score_png)
-        if score.shape != labels.shape:
-            raise ValueError("another size")
-    except ValueError:
-        score = np.zeros(labels.shape, np.uint8)
-        counted.notes.append("its scores are broken")
-    if totals is not None:
-        classed = (labels != 0) & (labels != IGNORE)
-        totals.add("score_256", np.bincount(score[classed], minlength=256))
-    if maps.truth is None:
-        return
-    k = len(names)
-    joint = np.zeros((STEPS, k, k + 1), np.int64)
-    for at in _strips(labels):
-        joint += grouped_confusion(maps.truth[at], labels[at], score[at] // _STEP, k, STEPS)
-    _judge(counted.labels, joint.sum(axis=0), names)
-    if totals is not None:
-        totals.add("joint_SKL", joint)
-        totals.add("with_truth", 1)
-
-
-def _count_other(
-    i: int,
-    other: np.ndarray,
-    maps: Maps,
+    rows: Rows,
+    labels: Map,
+    truth: Map | None,
     counted: Counted,
     names: Sequence[str],
     totals: Totals | None,
 ) -> None:
+    """The run's own labels, by score, against the truth."""
+    label_HW = labels.label_HW
+    try:
+        score_HW = decode_png(rows.row.score_png)
+        if score_HW.shape != label_HW.shape:
+            raise ValueError("another size")
+    except ValueError:
+        score_HW = np.zeros(label_HW.shape, np.uint8)
+        counted.notes.append("its scores are broken")
+    if totals is not None:
+        classed = (label_HW != 0) & (label_HW != IGNORE)
+        totals.add("score_256", np.bincount(score_HW[classed], minlength=256))
+    if truth is None:
+        return
+    k = len(names)
+    joint_SKL = np.zeros((STEPS, k, k + 1), np.int64)
+    for at in _strips(label_HW):
+        step_HW = score_HW[at] // _STEP
+        joint_SKL += grouped_confusion(truth.label_HW[at], label_HW[at], step_HW, k, STEPS)
+    if counted.labels is not None:
+        _judge(counted.labels, joint_SKL.sum(axis=0), names)
+    if totals is not None:
+        totals.add("joint_SKL", joint_SKL)
+        totals.add("with_truth", 1)
+
+
+def _count_other(
+    i: int, other: Map, maps: Maps, names: Sequence[str], totals: Totals | None
+) -> MapCount:
     """Another run's labels against the truth and against the run's own."""
     assert maps.labels is not None
-    found = MapCount(_shares(other))
-    found.differs = float((other != maps.labels).mean())
-    counted.others[i] = found
+    found = MapCount(other.shares)
+    found.differs = float((other.label_HW != maps.labels.label_HW).mean())
     if totals is not None:
         totals.add("compared", 1, i)
         totals.add("agreement_KL", _confusion(maps.labels, other, len(names)), i)
@@ -251,6 +253,7 @@ def _count_other(
         _judge(found, counts_KL, names)
         if totals is not None:
             totals.add("others_KL", counts_KL, i)
+    return found
 
 
 def _judge(found: MapCount, counts_KL: np.ndarray, names: Sequence[str]) -> None:
@@ -259,10 +262,10 @@ def _judge(found: MapCount, counts_KL: np.ndarray, names: Sequence[str]) -> None
     found.wrong = None if told["pixel_accuracy"] is None else 1 - told["pixel_accuracy"]
 
 
-def _confusion(truth_HW: np.ndarray, pred_HW: np.ndarray, n_classes: int) -> np.ndarray:
+def _confusion(truth: Map, pred: Map, n_classes: int) -> np.ndarray:
     counts = np.zeros((n_classes, n_classes + 1), np.int64)
-    for at in _strips(truth_HW):
-        counts += confusion(truth_HW[at], pred_HW[at], n_classes)
+    for at in _strips(truth.label_HW):
+        counts += confusion(truth.label_HW[at], pred.label_HW[at], n_classes)
     return counts
 
 
@@ -271,15 +274,6 @@ def _strips(map_HW: np.ndarray) -> Iterator[slice]:
     height, width = map_HW.shape
     lines = max(1, _STRIP_PX // max(1, width))
     yield from (slice(y, y + lines) for y in range(0, height, lines))
-
-
-def _shares(map_HW: np.ndarray) -> dict[int, float]:
-    return _shares_of(np.bincount(map_HW.ravel(), minlength=256))
-
-
-def _shares_of(px_256: np.ndarray) -> dict[int, float]:
-    total = int(px_256.sum())
-    return {int(k): int(px_256[k]) / total for k in np.flatnonzero(px_256)}
 
 
 def is_number(value: float | None) -> bool:

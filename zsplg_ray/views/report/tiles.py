@@ -120,5 +120,5 @@ def small_map(label_HW: np.ndarray, side_px: int) -> bytes:
     indexed = Image.frombytes("P", image.size, image.tobytes())
     indexed.putpalette([grey for index in range(256) for grey in (index,) * 3])
     out = io.BytesIO()
-    indexed.save(out, "PNG", bits=8, compress_level=9)
+    indexed.save(out, "PNG", bits=8, compress_level=6)
     return out.getvalue()
