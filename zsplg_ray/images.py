@@ -71,6 +71,37 @@ def decode_image(data: bytes, *, max_px: int = MAX_PX) -> np.ndarray:
         return np.ascontiguousarray(_turned(_rgb(image), orientation))
 
 
+def decode_small(
+    data: bytes, side_px: int, *, max_px: int = MAX_PX
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """What `decode_image` returns, made smaller, for eyes; a large JPEG is never decoded whole.
+
+    Args:
+        data: the bytes of the file.
+        side_px: most that the longer side may have; smaller images stay as they are.
+        max_px: the most pixels, as for `decode_image`.
+
+    Returns:
+        uint8 [h, w, 3], RGB, and the (height, width) that `decode_image` would return.
+
+    Raises:
+        ImageError: as `decode_image` does.
+    """
+    with _opened(data, max_px) as image:
+        width, height = image.size
+        sideways = image.format != "TIFF" and _orientation(image) >= 5
+        size_hw = (width, height) if sideways else (height, width)
+        scale = min(1.0, side_px / max(size_hw))
+        if image.format in ("JPEG", "MPO"):  # halves while decoding, never below what is asked for
+            image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
+        image.load()
+        orientation = _orientation(image)
+        small = Image.fromarray(np.ascontiguousarray(_turned(_rgb(image), orientation)))
+    h, w = (max(1, round(side * scale)) for side in size_hw)
+    small = small.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return np.asarray(small), size_hw
+
+
 def image_size(data: bytes, *, max_px: int = MAX_PX) -> tuple[int, int]:
     """The (height, width) in pixels of what `decode_image` would return, from the header if it can.
 

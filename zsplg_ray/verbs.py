@@ -107,6 +107,16 @@ def evaluate(given: config.EvaluateConfig) -> int:
     return 0
 
 
+def report(given: config.ReportConfig) -> int:
+    """Make a page about a run; see config.ReportConfig."""
+    from zsplg_ray.views.report import report as make_report
+    from zsplg_ray.views.report import told
+
+    result = make_report(given)
+    print(json.dumps(result) if given.json else masked(told(result)))
+    return 0
+
+
 def submit(given: config.SubmitConfig, command: Command) -> int:
     """Run a verb as a job on a cluster; see config.SubmitConfig."""
     from zsplg_ray.cluster.submit import follow, job
@@ -188,6 +198,7 @@ VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
     ),
     "predict": (config.PredictConfig, predict, "a model over images -> labels/"),
     "evaluate": (config.EvaluateConfig, evaluate, "labels, PNG masks or a model against truth"),
+    "report": (config.ReportConfig, report, "a run -> one HTML page to look at it"),
     "shapes": (config.ShapesConfig, shapes, "scenes of the embedded world, VOC layout"),
     "demo": (config.DemoConfig, demo, "the whole pipeline on the embedded world"),
     "doctor": (config.DoctorConfig, doctor, "machine, GPUs, weights, Ray, storage"),
@@ -203,6 +214,7 @@ EXAMPLES = {
     "--out study/ --trials 20",
     "predict": "zsplg predict --model model/ --images photos/ --out predicted/",
     "evaluate": "zsplg evaluate run/ --truth masks/",
+    "report": "zsplg report run/ --truth masks/ --compare predicted/ --out report.html",
     "shapes": "zsplg shapes --n 100 --seed 0 --out scenes/",
     "demo": "zsplg demo --out zsplg_demo/",
     "doctor": "zsplg doctor --sam vit_b",

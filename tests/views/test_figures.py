@@ -15,6 +15,7 @@ from zsplg_ray.views.figures import (
     iou_bars,
     threshold_curves,
 )
+from zsplg_ray.views.mistaken import most_mistaken
 from zsplg_ray.vocab import class_list
 
 MANY = class_list("ade20k").names
@@ -58,13 +59,15 @@ def test_of_many_classes_those_that_are_mistaken_stay():
     counts = np.zeros((n, n + 1), np.int64)
     counts[np.arange(n - 1), np.arange(n - 1)] = 100  # the last class occurs nowhere
     counts[7, 9], counts[9, n] = 50, 20
-    kept, labels, note = figures._summarised(counts, list(MANY))
+    kept, labels, note = most_mistaken(counts, list(MANY), figures.MOST_CELLS)
     assert {MANY[7], MANY[9]} <= set(labels) and MANY[-1] not in labels
     assert len(labels) == figures.MOST_CELLS and labels[-1] == f"{n - 1 - 29} others"
     assert kept.sum() == counts.sum() and f"of {n - 1} that occur" in note
     seven, nine = labels.index(MANY[7]), labels.index(MANY[9])
     assert kept[seven, nine] == 50 and kept[nine, -1] == 20
-    few, labels, note = figures._summarised(counts[:4, [0, 1, 2, 3, n]], list(MANY[:4]))
+    few, labels, note = most_mistaken(
+        counts[:4, [0, 1, 2, 3, n]], list(MANY[:4]), figures.MOST_CELLS
+    )
     assert labels == list(MANY[:4]) and not note and (few == counts[:4, [0, 1, 2, 3, n]]).all()
 
 

@@ -18,6 +18,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from zsplg_ray.views.mistaken import most_mistaken
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 """Okabe and Ito's, without the yellow, which white paper swallows."""
 GREY = "#767676"
@@ -141,7 +143,9 @@ def confusion_matrix(confusion_KL: np.ndarray, names: Sequence[str]) -> bytes:
         names: The K class names. Those that occur nowhere are left out; of more than MOST_CELLS
             those stay that most pixels are mistaken from or for, the others become one.
     """
-    counts, labels, note = _summarised(np.asarray(confusion_KL, np.int64), _plain(names))
+    counts, labels, note = most_mistaken(
+        np.asarray(confusion_KL, np.int64), _plain(names), MOST_CELLS
+    )
     n = len(labels)
     columns = [*labels, "left open"]
     if not counts[:, -1].any():
@@ -167,33 +171,6 @@ def confusion_matrix(confusion_KL: np.ndarray, names: Sequence[str]) -> bytes:
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.set_label("share of the true class's pixels")
     return _png(figure)
-
-
-def _summarised(counts_KL: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str], str]:
-    """Counts and names of the classes that are shown, and a note on the others."""
-    n = len(names)
-    square = counts_KL[:, :n]
-    occurs = (counts_KL.sum(axis=1) + square.sum(axis=0)) > 0
-    if not occurs.any():
-        occurs[:] = True
-    keep = np.flatnonzero(occurs)
-    if len(keep) <= MOST_CELLS:
-        columns = np.append(keep, n)
-        return counts_KL[np.ix_(keep, columns)], [names[k] for k in keep], ""
-    wrong = counts_KL.sum(axis=1) + square.sum(axis=0) - 2 * np.diagonal(square)
-    worst = np.sort(keep[np.argsort(-wrong[keep], kind="stable")][: MOST_CELLS - 1])
-    others = np.setdiff1d(keep, worst)
-    group = np.full(n + 1, -1)
-    group[worst] = np.arange(len(worst))
-    group[others] = len(worst)
-    group[n] = len(worst) + 1
-    merged = np.zeros((len(worst) + 1, len(worst) + 2), np.int64)
-    rows = np.flatnonzero(group[:n] >= 0)
-    cols = np.flatnonzero(group >= 0)
-    np.add.at(merged, np.ix_(group[rows], group[cols]), counts_KL[np.ix_(rows, cols)])
-    note = f"the {len(worst)} classes with the most mistaken pixels, of {len(keep)} that occur"
-    labels = [names[k] for k in worst] + [f"{len(others)} others"]
-    return merged, labels, note
 
 
 def coverage_precision(
