@@ -23,6 +23,8 @@ MOST_CLASSES = 30
 """Classes that a confusion matrix shows; bars show as many before the rest is folded away."""
 _MIXUPS = 5
 _CELL_PX = 30
+_NARROW = 14
+"""A confusion matrix of more classes takes the page's whole width."""
 _NAME_CHARS = 18
 _BINS = 32
 
@@ -59,11 +61,11 @@ def cards(totals: Totals, class_images: Sequence[int], words: Words) -> list[Car
     """
     made = []
     if totals.with_truth:
-        made += [_iou(totals, words), _confusion(totals, words)]
+        made += [_confusion(totals, words), _iou(totals, words)]
+    if totals.score_256.any():
+        made += [_threshold(totals, words), _histogram(totals)]
     if totals.images:
         made.append(_balance(totals, class_images, words))
-    if totals.score_256.any():
-        made += [_histogram(totals), _threshold(totals, words)]
     for i, other in enumerate(words.others):
         if totals.compared[i]:
             made.append(_agreement(totals, i, other, words))
@@ -237,7 +239,7 @@ def _confusion(totals: Totals, words: Words) -> Card:
         body = tag("ul", {"class": "plain"}, *items) + body
     reads = "Rows are the truth, columns what its pixels became, in % of the row."
     reads += f" Shown: {note}." if note else ""
-    return Card("confusion", "What is taken for what", reads, body)
+    return Card("confusion", "What is taken for what", reads, body, len(labels) > _NARROW)
 
 
 def _matrix_cell(left: int, top: int, x: int, y: int, share: float, told: str) -> list[Markup]:
@@ -315,7 +317,8 @@ def _threshold(totals: Totals, words: Words) -> Card:
     best = max(lines["mIoU"], key=lambda p: p[1], default=(0.0, 0.0))
     became = "open" if words.unsure_is_open else "background"
     note = f"If pixels below a minimum score became {became}: how much would keep a class, how "
-    note += f"much of that is right, and mIoU. It is highest, {best[1]:.3f}, at {best[0]:.2f}."
+    note += "much of that is right, and mIoU, which is highest "
+    note += f"({best[1]:.3f}) at {best[0]:.2f}." if best[0] else f"({best[1]:.3f}) without."
     body = _key(list(lines)) + plot.svg(note)
     return Card("threshold", "If a minimum score were set", note, body)
 
