@@ -227,7 +227,7 @@ def test_masks_that_do_not_fit_are_told_or_refused(tmp_path, run):
     odd = put_masks(tmp_path / "odd", {"a.png": blocks(0, 1), "b.png": blocks(7, 2)})
     page, _ = make(tmp_path, run, truth=odd)
     assert page.images[1]["notes"] == ["its mask does not fit"]
-    assert "1 masks could not be compared" in page.text and "got 7" in page.text
+    assert "1 mask could not be compared" in page.text and "got 7" in page.text
     (tmp_path / "odd" / "a.png").unlink()
     with pytest.raises(ValueError, match="map must be of class indices below 3, or 255, got 7"):
         make(tmp_path, run, truth=odd)
