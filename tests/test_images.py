@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsplg_ray.images import IMAGE_SUFFIXES, ImageError, decode_image, decode_indices, image_size
+from zsplg_ray.images import (
+    IMAGE_SUFFIXES,
+    ImageError,
+    decode_image,
+    decode_indices,
+    decode_small,
+    image_size,
+)
 
 RNG = np.random.default_rng(0)
 IMAGE_HWC = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -271,3 +278,45 @@ def test_indices_refuse_other_pngs():
 
 def test_suffixes_are_lower_case():
     assert all(s.startswith(".") and s == s.lower() for s in IMAGE_SUFFIXES)
+
+
+# Made smaller ------------------------------------------------------------------------------------
+
+
+def smooth(height, width):
+    """A picture that looks the same at every size."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * y / height, 255 * x / width, 0 * x + 90], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_small_one_is_what_the_large_one_shows(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(smooth(300, 900), kind, exif=exif)
+    large, (small, size_hw) = decode_image(data), decode_small(data, 90)
+    assert size_hw == large.shape[:2] == image_size(data)
+    assert small.shape == ((30, 90, 3) if orientation == 1 else (90, 30, 3))
+    same = np.asarray(Image.fromarray(large).resize(small.shape[1::-1], Image.Resampling.BOX))
+    assert np.abs(small.astype(int) - same).max() < 12
+
+
+def test_a_small_one_stays_as_it_is():
+    small, size_hw = decode_small(saved(IMAGE_HWC), 17)
+    assert (small == IMAGE_HWC).all() and size_hw == (12, 17)
+    thin, _ = decode_small(saved(smooth(1, 400)), 40)
+    assert thin.shape == (1, 40, 3)
+
+
+def test_a_large_jpeg_is_not_decoded_whole(monkeypatch):
+    loaded, load, data = [], Image.Image.load, saved(smooth(1600, 1600), "JPEG")
+    monkeypatch.setattr(Image.Image, "load", lambda i: (loaded.append(i.size), load(i))[1])
+    decode_small(data, 200)
+    assert loaded and max(max(size) for size in loaded) <= 400
+
+
+@pytest.mark.parametrize("data", [b"", b"rubbish", saved(IMAGE_HWC)[:60]])
+def test_no_image_is_refused_by_it_too(data):
+    with pytest.raises(ImageError):
+        decode_small(data, 10)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from zsplg_ray.metrics import confusion, scores
+from zsplg_ray.metrics import confusion, grouped_confusion, scores
 
 K = 4
 INDICES = st.sampled_from([0, 1, 2, 3, 255])
@@ -27,6 +27,22 @@ def brute_confusion(truth, pred):
         if t != 255:
             counts[t, K if p == 255 else p] += 1
     return counts
+
+
+@given(pairs(), st.integers(0, 2**32))
+@settings(max_examples=50, deadline=None)
+def test_groups_are_counted_apart(pair, seed):
+    truth, pred = pair
+    group = np.random.default_rng(seed).integers(0, 3, truth.shape, dtype=np.uint8)
+    counts = grouped_confusion(truth, pred, group, K, 3)
+    for g in range(3):
+        where = group == g
+        assert (counts[g] == brute_confusion(truth[where], pred[where])).all()
+
+
+def test_every_pixel_needs_a_group():
+    with pytest.raises(ValueError, match="group_HW must be of shape"):
+        grouped_confusion(np.zeros((1, 2), int), np.zeros((1, 2), int), np.zeros((2, 1)), K, 3)
 
 
 @given(pairs())

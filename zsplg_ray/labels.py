@@ -135,8 +135,9 @@ class Labels(Sequence[LabelledImage]):
         return image in self._index
 
     def position(self, image_id: str) -> int | None:
-        """Where an image stands, by its id with or without suffix; None if it is not there."""
-        return self._index.get(image_id)
+        """Where an image stands, by its id with any image suffix or none; None if nowhere."""
+        found = self._index.get(image_id)
+        return self._index.get(image_key(image_id)) if found is None else found
 
     @overload
     def __getitem__(self, which: int | str) -> LabelledImage: ...

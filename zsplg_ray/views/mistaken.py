@@ -8,13 +8,11 @@ Shapes: K classes, L = K + 1 (the last column: left open).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 
 def most_mistaken(
-    counts_KL: np.ndarray, names: Sequence[str], most: int
+    counts_KL: np.ndarray, names: list[str], most: int
 ) -> tuple[np.ndarray, list[str], str]:
     """Counts and names of the classes that are shown, and a note on the others.
 

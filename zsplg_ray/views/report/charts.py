@@ -14,28 +14,15 @@ from markupsafe import Markup
 
 from zsplg_ray.metrics import scores
 from zsplg_ray.records import IGNORE
-from zsplg_ray.views.mistaken import most_mistaken
 from zsplg_ray.views.report import svg
+from zsplg_ray.views.report.card import Card, percent, two
 from zsplg_ray.views.report.counts import STEPS, Totals
+from zsplg_ray.views.report.matrix import confusion_card
 from zsplg_ray.views.report.svg import tag
 
 MOST_CLASSES = 30
-"""Classes that a confusion matrix shows; bars show as many before the rest is folded away."""
-_MIXUPS = 5
-_CELL_PX = 30
-_NAME_CHARS = 18
+"""Classes that bars are shown for before the rest is folded away."""
 _BINS = 32
-
-
-@dataclass(frozen=True)
-class Card:
-    """One chart of the page."""
-
-    key: str
-    title: str
-    note: str
-    body: Markup
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,11 +46,11 @@ def cards(totals: Totals, class_images: Sequence[int], words: Words) -> list[Car
     """
     made = []
     if totals.with_truth:
-        made += [_iou(totals, words), _confusion(totals, words)]
+        made += [confusion_card(totals.confusion_KL, words.classes), _iou(totals, words)]
+    if totals.score_256.any():
+        made += [_threshold(totals, words), _histogram(totals)]
     if totals.images:
         made.append(_balance(totals, class_images, words))
-    if totals.score_256.any():
-        made += [_histogram(totals), _threshold(totals, words)]
     for i, other in enumerate(words.others):
         if totals.compared[i]:
             made.append(_agreement(totals, i, other, words))
@@ -85,21 +72,6 @@ def open_share(totals: Totals) -> float | None:
     """Share of all counted pixels that are left open."""
     all_px = int(totals.px_256.sum())
     return int(totals.px_256[IGNORE]) / all_px if all_px else None
-
-
-def percent(share: float | None) -> str:
-    """A share for people: 12 %, 3.4 %, 0.05 %."""
-    if share is None:
-        return "–"
-    value = 100 * share
-    if value == 0 or value >= 9.95:
-        return f"{value:.0f} %"
-    return f"{value:.1f} %" if value >= 0.095 else f"{value:.1g} %"
-
-
-def two(value: float | None) -> str:
-    """A score for people."""
-    return "–" if value is None else f"{value:.2f}"
 
 
 def _swatch(index: int, name: str) -> Markup:
@@ -209,72 +181,6 @@ def _agreement(totals: Totals, i: int, other: str, words: Words) -> Card:
     return Card(f"agreement{i}", f"Agreement with {other}", note, body)
 
 
-def _confusion(totals: Totals, words: Words) -> Card:
-    """A matrix, and its largest entries in words."""
-    counts, labels, note = most_mistaken(totals.confusion_KL, list(words.classes), MOST_CLASSES)
-    columns = [*labels, "left open"]
-    if not counts[:, -1].any():
-        counts, columns = counts[:, :-1], labels
-    total = counts.sum(axis=1, keepdims=True)
-    share = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
-    left = top = 24 + 7 * min(_NAME_CHARS, max(map(len, columns)))
-    marks = []
-    for y, name in enumerate(labels):
-        marks.append(svg.text(left - 6, top + (y + 0.65) * _CELL_PX, _cut(name), "tick", "end"))
-        for x, taken in enumerate(columns):
-            marks += _matrix_cell(left, top, x, y, float(share[y, x]), f"{name} → {taken}")
-    for x, name in enumerate(columns):
-        at = {"transform": f"translate({left + (x + 0.6) * _CELL_PX:.0f} {top - 8}) rotate(-90)"}
-        marks.append(tag("text", {**at, "class": "tick"}, _cut(name)))
-    width, height = left + _CELL_PX * len(columns) + 4, top + _CELL_PX * len(labels) + 4
-    mixups = _mixups(counts, share, labels, columns)
-    told = f"Confusion matrix. {'; '.join(mixups) or 'No class is taken for another'}"
-    frame = {"width": width, "height": height, "role": "img", "aria_label": told}
-    scroll = {"class": "scroll", "tabindex": 0, "role": "region", "aria_label": "Confusion matrix"}
-    items = (tag("li", {}, words_) for words_ in mixups)
-    body = tag("div", scroll, tag("svg", frame, *marks))
-    if mixups:
-        body = tag("ul", {"class": "plain"}, *items) + body
-    reads = "Rows are the truth, columns what its pixels became, in % of the row."
-    reads += f" Shown: {note}." if note else ""
-    return Card("confusion", "What is taken for what", reads, body)
-
-
-def _matrix_cell(left: int, top: int, x: int, y: int, share: float, told: str) -> list[Markup]:
-    at = {"x": left + x * _CELL_PX, "y": top + y * _CELL_PX}
-    size = {"width": _CELL_PX - 2, "height": _CELL_PX - 2, "rx": 3}
-    title = tag("title", {}, f"{told}: {percent(share)}")
-    made = [tag("rect", {**at, **size, "class": "cell0"}, title)]
-    if share >= 0.005:
-        ink = {"class": "cell", "fill_opacity": f"{share**0.5:.3f}", "pointer_events": "none"}
-        made.append(tag("rect", {**at, **size, **ink}))
-        css = "strong" if share > 0.3 else "weak"
-        middle, base = at["x"] + _CELL_PX / 2 - 1, at["y"] + _CELL_PX * 0.62
-        made.append(svg.text(middle, base, f"{100 * share:.0f}", css, "middle"))
-    return made
-
-
-def _mixups(
-    counts: np.ndarray, share: np.ndarray, labels: Sequence[str], columns: Sequence[str]
-) -> list[str]:
-    """The commonest errors in words."""
-    wrong = counts.astype(np.float64)
-    n = min(len(labels), len(columns))
-    wrong[np.arange(n), np.arange(n)] = 0
-    told = []
-    for at in np.argsort(-wrong, axis=None, kind="stable")[:_MIXUPS].tolist():
-        y, x = divmod(at, len(columns))
-        if not wrong[y, x]:
-            break
-        became = "left open" if columns[x] == "left open" else f"taken for {columns[x]}"
-        told.append(f"{percent(float(share[y, x]))} of {labels[y]} is {became}")
-    return told
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _NAME_CHARS else f"{name[: _NAME_CHARS - 1]}…"
-
-
 def _histogram(totals: Totals) -> Card:
     """Pixels by score."""
     bins = totals.score_256.reshape(_BINS, -1).sum(axis=1) / totals.score_256.sum()
@@ -315,7 +221,8 @@ def _threshold(totals: Totals, words: Words) -> Card:
     best = max(lines["mIoU"], key=lambda p: p[1], default=(0.0, 0.0))
     became = "open" if words.unsure_is_open else "background"
     note = f"If pixels below a minimum score became {became}: how much would keep a class, how "
-    note += f"much of that is right, and mIoU. It is highest, {best[1]:.3f}, at {best[0]:.2f}."
+    note += "much of that is right, and mIoU, which is highest "
+    note += f"({best[1]:.3f}) at {best[0]:.2f}." if best[0] else f"({best[1]:.3f}) without."
     body = _key(list(lines)) + plot.svg(note)
     return Card("threshold", "If a minimum score were set", note, body)
 

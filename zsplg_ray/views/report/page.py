@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from zsplg_ray import __version__
-from zsplg_ray.views.report.charts import Card, percent, two
+from zsplg_ray.views.report.card import Card, percent, two
 from zsplg_ray.views.report.colours import class_colours
 from zsplg_ray.views.report.records import Reason, Tuned
 

@@ -81,7 +81,7 @@ def open_sources(config: ReportConfig) -> Sources:
     mine = opened[0]
     for folder, labels in zip(folders[1:], opened[1:], strict=True):
         check_same(mine.classes, labels.classes, f"labels in {folder}")
-        if not any(image_id in labels for image_id in mine.ids):
+        if all(labels.position(image_id) is None for image_id in mine.ids):
             fix = f"{folder} has images such as {labels.ids[0]!r}"
             raise ValueError(complain("compare", "a run over the same images", folder, fix))
     truth = open_truth(config.truth, root=config.root) if config.truth is not None else None

@@ -130,6 +130,7 @@ function start() {
   else if (byId("viewer").open) byId("viewer").close();
 }
 
+byId("unscripted").remove();
 fillControls();
 listen();
 start();

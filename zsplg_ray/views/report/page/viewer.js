@@ -22,7 +22,7 @@ function drawn(at, key, alt) {
   const words = key === "photo" ? "" : key.includes("/") ? ": differences" : `: ${inWords(IMAGES[at], Number(key))}`;
   const text = alt ? `${IMAGES[at].id}, ${alt}${words}` : "";
   if (photo) made.push(element("img", { src: photo, alt: text, class: key.includes("/") ? "dim" : null }));
-  else made.push(emptyPicture(why));
+  else if (key === "photo") made.push(emptyPicture(why));
   if (key.includes("/")) {
     const [a, b] = key.split("/").map(Number);
     if (maps[a] && maps[b]) made.push(differences(at, a, b));
