@@ -42,7 +42,8 @@ GOOD, KILLS, EXITS, CRASHES = range(4)
 fault. It stands in the blue of its pixels, its number in the red and green."""
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["tests.chaos.runs", "zsplg_ray.cli", "zsplg_ray.cluster.label"])
+_DRIVERS = ("cli", "cluster.label", "cluster.predict", "cluster.relabel", "label.labeler")
+_FORK.set_forkserver_preload(["tests.chaos.runs", *(f"zsplg_ray.{name}" for name in _DRIVERS)])
 
 
 def write_images(folder: Path, kinds: Sequence[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One small Ray session for each test module of this folder."""
+"""A small Ray session that test modules share, or have of their own."""
 
 import os
 
@@ -13,8 +13,7 @@ from zsplg_ray.cluster.loopback import loopback_only
 from zsplg_ray.shapes.scenes import write_voc
 
 
-@pytest.fixture(scope="module")
-def ray_local():
+def start_ray() -> None:
     """Four logical CPUs, whatever the machine has."""
     with loopback_only():
         ray.init(
@@ -24,6 +23,20 @@ def ray_local():
             object_store_memory=200 * 2**20,
             log_to_driver=False,
         )
+
+
+@pytest.fixture(scope="module")
+def ray_local():
+    """A session, which the module before may have used; who ends it see in tests/conftest.py."""
+    if not ray.is_initialized():
+        start_ray()
+
+
+@pytest.fixture(scope="module")
+def ray_new():
+    """A session of this module's own, with the environment as it is now."""
+    assert not ray.is_initialized()
+    start_ray()
     yield
     ray.shutdown()
 

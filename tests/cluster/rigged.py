@@ -1,16 +1,25 @@
-"""Labelers that misbehave on purpose."""
+"""Labelers that misbehave on purpose.
+
+SAM, CLIP and torch are imported by those that use them: an actor without them starts much sooner.
+"""
+
+from __future__ import annotations
 
 import json
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from zsplg_ray.cluster.label import load_labeler
 from zsplg_ray.config import LabelConfig
-from zsplg_ray.label.labeler import Labeler, is_broken_device
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.settings import from_mapping
+
+if TYPE_CHECKING:
+    from zsplg_ray.label.labeler import Labeler
 
 
 def config(images, out, **changes) -> LabelConfig:
@@ -31,6 +40,8 @@ class OneByOne:
             try:
                 results.append(self.label(image_HWC))
             except Exception as e:
+                from zsplg_ray.label.failures import is_broken_device
+
                 if is_broken_device(e):
                     raise
                 results.append(e)
@@ -55,7 +66,7 @@ class Killing(OneByOne):
 
 
 def load_killing(config, naming, device):
-    return Killing(Labeler.load(config, naming, device))
+    return Killing(load_labeler(config, naming, device))
 
 
 class Blind:
@@ -68,7 +79,9 @@ class Blind:
 
 
 def load_blind(config, naming, device):
-    return Labeler(Blind(), Labeler.load(config, naming, device).embedder, naming)
+    from zsplg_ray.label.labeler import Labeler
+
+    return Labeler(Blind(), load_labeler(config, naming, device).embedder, naming)
 
 
 class Strange(Killing):
@@ -81,7 +94,7 @@ class Strange(Killing):
 
 
 def load_strange(config, naming, device):
-    return Strange(Labeler.load(config, naming, device))
+    return Strange(load_labeler(config, naming, device))
 
 
 class BrokenDevice(Killing):
@@ -97,11 +110,11 @@ class BrokenDevice(Killing):
 
 
 def load_broken_device(config, naming, device):
-    return BrokenDevice(Labeler.load(config, naming, device))
+    return BrokenDevice(load_labeler(config, naming, device))
 
 
 def load_others(config, naming, device):
-    labeler = Labeler.load(config, naming, device)
+    labeler = load_labeler(config, naming, device)
     labeler.weights = {"sam": "another file", "clip": "another file"}
     return labeler
 
@@ -123,4 +136,4 @@ class LoadCounting:
         self.path = str(path)
 
     def __call__(self, config, naming, device):
-        return Counting(Labeler.load(config, naming, device), self.path)
+        return Counting(load_labeler(config, naming, device), self.path)

@@ -87,7 +87,7 @@ def denied(handler, status, code):
 
 
 @pytest.mark.ray
-def test_a_run_stops_where_its_images_cannot_be_had(images, faulty, ray_local, tmp_path):
+def test_a_run_stops_where_its_images_cannot_be_had(images, faulty, ray_new, tmp_path):
     with faulty() as proxy:
         pq.write_table(manifest(images, proxy), tmp_path / "images.parquet")
         expired(proxy)

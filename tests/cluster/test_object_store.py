@@ -127,7 +127,7 @@ def parts(store, folder: str, kind: str) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_from_labels_to_a_judged_model(store, ray_local, capsys):
+def test_from_labels_to_a_judged_model(store, ray_new, capsys):
     """One test, as each step needs the one before. No Ray process had seen the bucket before."""
     assert os.environ["AWS_ACCESS_KEY_ID"] == "test"
     uri, scenes = store.uri, store.uri("scenes")

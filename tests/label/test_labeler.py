@@ -10,7 +10,9 @@ import torch
 
 from zsplg_ray.config import ComposeConfig, LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
-from zsplg_ray.label.labeler import Labeler, Naming, OutOfMemory, is_out_of_memory
+from zsplg_ray.label.failures import is_out_of_memory
+from zsplg_ray.label.labeler import Labeler, OutOfMemory
+from zsplg_ray.label.naming import Naming
 from zsplg_ray.label.presets import resolve_label, resolve_sam
 from zsplg_ray.label.sam import MaskProposer
 from zsplg_ray.label.segments import Segments

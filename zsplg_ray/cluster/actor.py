@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,10 +120,10 @@ class ImageActor:
             raise ValueError(unseen(job.folder))
         device = pick_device(job.config.device, bool(ray.get_gpu_ids()))
         if device == "cpu":
-            import torch
-
-            torch.set_num_threads(plan.threads)
+            use_threads(plan.threads)
         self.worker = retrying(lambda: job.task.load(device))
+        if device == "cpu":
+            use_threads(plan.threads)
         found = self.worker.weights
         if found not in (None, job.weights):
             rule = f"those of the driver, {job.weights}"
@@ -178,7 +179,7 @@ class ImageActor:
         try:
             results = self.worker.process(good, [pixels(block, image) for image in good])
         except Exception as e:
-            from zsplg_ray.label.labeler import is_broken_device
+            from zsplg_ray.label.failures import is_broken_device
 
             if is_broken_device(e):
                 self._leave(to)
@@ -239,6 +240,13 @@ def pick_device(asked: str, has_gpu: bool) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_threads(n: int) -> None:
+    """Let torch use so many; it is not imported for that, as not every model has it."""
+    os.environ["OMP_NUM_THREADS"] = str(n)  # what it starts with
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(n)
 
 
 def retrying(make: Callable[[], Worker], times: int = 3) -> Worker:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,30 +19,32 @@ from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import labels_row, relabel_part, segments_row
 from zsplg_ray.cluster.pipeline import run_images
 from zsplg_ray.config import LabelConfig
-from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
-from zsplg_ray.label.labeler import Labeler, Labelled, LabelsImages, Naming
+from zsplg_ray.label.naming import Naming
 from zsplg_ray.label.presets import resolve_label, unknown_names
-from zsplg_ray.label.weights import (
-    absolute_paths,
-    check_sam,
-    load_clip,
-    sam_sha256,
-    state_sha256,
-)
 from zsplg_ray.records import LABELS, segments_schema
 from zsplg_ray.rundir import Kind, RunFolder, Verb
 from zsplg_ray.runinfo import describe_run, refuse_other_run
 from zsplg_ray.sources import list_images
 from zsplg_ray.vocab import ClassList, class_list
 
+if TYPE_CHECKING:  # SAM and CLIP take seconds to import: only who loads them does
+    from zsplg_ray.label.labeler import Labeler, Labelled, LabelsImages
+
 log = logging.getLogger(__name__)
 
-Load = Callable[[LabelConfig, Naming, str], LabelsImages]
+Load = Callable[[LabelConfig, Naming, str], "LabelsImages"]
 """What an actor loads: (resolved config, naming, device) -> something that labels."""
 
 
-def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
+def load_labeler(config: LabelConfig, naming: Naming, device: str) -> Labeler:
+    """SAM and CLIP as a resolved config names them."""
+    from zsplg_ray.label.labeler import Labeler
+
+    return Labeler.load(config, naming, device)
+
+
+def label(config: LabelConfig, *, load: Load = load_labeler) -> dict[str, Any]:
     """Label every image of the source that is not labelled yet.
 
     Args:
@@ -56,6 +58,8 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; what is finished is kept.
     """
+    from zsplg_ray.label.weights import absolute_paths
+
     folder = RunFolder(config.out)
     classes = class_list(config.classes)
     manifest = list_images(config.images, root=config.root)
@@ -76,6 +80,9 @@ def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str
 
     Raises: ValueError if weights cannot be had or a setting does not fit them.
     """
+    from zsplg_ray.label.clip import ClipEncoder
+    from zsplg_ray.label.weights import check_sam, load_clip, sam_sha256, state_sha256
+
     check_sam(resolved.sam)
     if unknown := unknown_names(resolved.clip.model, classes):
         log.warning("the tiny CLIP knows only shapes, it cannot tell %s", ", ".join(unknown))

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from zsplg_ray.label.compose import Composed, summarise
+from zsplg_ray.label.naming import Naming
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.part_index import Written
 from zsplg_ray.records import ERRORS, LABELS, encode_png, encode_score
 from zsplg_ray.rundir import Kind, RunFolder, part_name
 from zsplg_ray.safe_text import masked, one_line, without_credentials
-
-if TYPE_CHECKING:  # it brings SAM and CLIP, which whoever only writes need not load
-    from zsplg_ray.label.labeler import Naming
 
 
 def labels_row(

@@ -25,7 +25,7 @@ from zsplg_ray.cluster.parts import labels_row
 from zsplg_ray.cluster.pipeline import run_images
 from zsplg_ray.config import PredictConfig, UnimatchConfig
 from zsplg_ray.label.compose import Composed
-from zsplg_ray.label.labeler import free_memory, is_broken_device, is_out_of_memory
+from zsplg_ray.label.failures import free_memory, is_broken_device, is_out_of_memory
 from zsplg_ray.records import IGNORE, LABELS
 from zsplg_ray.rundir import Kind, RunFolder, Verb
 from zsplg_ray.runinfo import describe_prediction, refuse_other_run

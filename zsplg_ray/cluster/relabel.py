@@ -26,7 +26,7 @@ from zsplg_ray.config import ClipConfig, RelabelConfig
 from zsplg_ray.exactly_once import repair
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
-from zsplg_ray.label.labeler import Naming
+from zsplg_ray.label.naming import Naming
 from zsplg_ray.label.presets import resolve_text
 from zsplg_ray.label.weights import load_clip, state_sha256
 from zsplg_ray.rundir import RunFolder

@@ -11,21 +11,19 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image
 
-from zsplg_ray.config import ComposeConfig, LabelConfig
+from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
-from zsplg_ray.label.compose import Composed, compose
+from zsplg_ray.label.compose import Composed
+from zsplg_ray.label.failures import free_memory, is_broken_device, is_out_of_memory
+from zsplg_ray.label.naming import Naming
 from zsplg_ray.label.sam import MaskProposer
 from zsplg_ray.label.segments import Segments
-from zsplg_ray.label.textbank import TextBank
 from zsplg_ray.label.weights import load_clip, load_sam, sam_sha256, state_sha256
-from zsplg_ray.vocab import ClassList
 
 log = logging.getLogger(__name__)
 
@@ -66,21 +64,6 @@ class LabelsImages(Protocol):
     def label_many(self, images: Sequence[np.ndarray]) -> list[Labelled | Exception]:
         """The result for each uint8 RGB image, or what went wrong with it."""
         ...
-
-
-@dataclass(frozen=True)
-class Naming:
-    """Everything that turns stored segments into labels: class texts and thresholds. No torch."""
-
-    classes: ClassList
-    bank: TextBank
-    config: ComposeConfig
-
-    def compose(self, segments: Segments) -> Composed:
-        """Label map and score map of one image from its stored (float16) embeddings."""
-        assert segments.embedding_RD is not None, "embedded before they are named"
-        sim_RK = self.bank.similarity(segments.embedding_RD)
-        return compose(segments, sim_RK, self.config, self.classes)
 
 
 class OutOfMemory(RuntimeError):
@@ -197,28 +180,6 @@ class Labeler:
 
     def _embed(self, image_HWC: np.ndarray, segments: Segments) -> Segments:
         return segments.with_embedding(self.embedder.embed(image_HWC, segments))
-
-
-def free_memory() -> None:
-    """Give back what torch keeps of a GPU's memory for later."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch (GPU or CPU) or Python says that memory ran out."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        sign in told
-        for sign in ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
-    )
-
-
-def is_broken_device(error: BaseException) -> bool:
-    """Whether a GPU reports an error after which it answers nothing else in this process."""
-    if is_out_of_memory(error):
-        return False
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
 
 
 def _smaller(image_HWC: np.ndarray, shrink: int) -> np.ndarray:

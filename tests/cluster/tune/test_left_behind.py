@@ -10,7 +10,7 @@ import pytest
 import ray
 import ray._private.state
 from ray.exceptions import RayActorError
-from ray.util import placement_group, placement_group_table
+from ray.util import placement_group, placement_group_table, remove_placement_group
 
 from zsplg_ray.cluster.tune.left_behind import remove_left_behind
 from zsplg_ray.cluster.tune.train_search import Ears
@@ -21,6 +21,9 @@ class Maker:
         self.group = placement_group([{"CPU": 1}])
         ray.get(self.group.ready())
         return self.group.id.hex(), os.getpid()
+
+    def drop(self):
+        remove_placement_group(self.group)
 
 
 def states() -> dict[str, str]:
@@ -58,3 +61,5 @@ def test_only_what_a_dead_actor_made_is_removed(ray_local):
         remove_left_behind()
     assert states()[alive] == states()[ours.id.hex()] == "CREATED"
     assert remove_left_behind() == 0
+    remove_placement_group(ours)
+    ray.get(makers[1].drop.remote())

@@ -24,7 +24,6 @@ from zsplg_ray.cluster.trainrun import write_training
 from zsplg_ray.config import MlflowConfig, ModelMlflowConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.storage import Place
-from zsplg_ray.student.checkpoint import read_weights, state_sha256
 
 log = logging.getLogger(__name__)
 
@@ -228,6 +227,8 @@ class Tracker:
 
     def _send_sha256(self) -> None:
         """The tag by which predictions of this model are found."""
+        from zsplg_ray.student.checkpoint import read_weights, state_sha256
+
         sha256 = state_sha256(read_weights(self.folder.uri).state)
         self.store.client.set_tag(self._run, f"{PREFIX}model", sha256)
 
