@@ -28,9 +28,11 @@ Maps = dict[str, np.ndarray]
 
 def voc(out: Path) -> Maps:
     names = (out / "ImageSets/Segmentation/trainval.txt").read_text("utf-8").split("\n")[:-1]
-    assert sorted(names) == open_truth(str(out)).ids == [
-        row["image_id"] for row in list_images(str(out)).to_pylist()
-    ]
+    assert (
+        sorted(names)
+        == open_truth(str(out)).ids
+        == [row["image_id"] for row in list_images(str(out)).to_pylist()]
+    )
     maps = {}
     for name in names:
         with Image.open(out / f"SegmentationClass/{name}.png") as image:
@@ -168,7 +170,9 @@ def labelstudio(out: Path) -> Maps:
             label_HW[decode_brush(result["value"]["rle"], height, width)] = index
         assert unquote(task["data"]["image"]).startswith("/data/local-files/?d=")
         # A task without regions does not tell the size of its image.
-        maps[task["data"]["image_id"]] = np.zeros((5, 4), np.uint8) if label_HW is None else label_HW
+        maps[task["data"]["image_id"]] = (
+            np.zeros((5, 4), np.uint8) if label_HW is None else label_HW
+        )
     return maps
 
 

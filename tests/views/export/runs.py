@@ -21,7 +21,7 @@ HOSTILE = ("../up.jpg", "a\nb\t'\"<&>.jpg", "x" * 300 + ".jpg", "/root.jpg", "co
 
 
 def blobs(size_hw: tuple[int, int], seed: int, n_classes: int = len(ODD)) -> np.ndarray:
-    """A label map with regions of all shapes: holes, islands in holes, lines, single pixels, 255."""
+    """A label map with regions of all shapes: with holes, islands, lines, single pixels, 255."""
     rng = np.random.default_rng(seed)
     height, width = size_hw
     label_HW = np.zeros(size_hw, np.uint8)
