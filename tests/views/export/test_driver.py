@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,7 +187,9 @@ def test_a_validation_split_is_told_in_each_format_that_has_one(tmp_path):
         ("vox", {}, "format must be one of voc, coco"),
     ],
 )
-def test_what_a_format_cannot_honour_is_refused(run, tmp_path, format, options, told):
+def test_what_a_format_cannot_honour_is_refused(
+    run, tmp_path, format, options: dict[str, Any], told
+):
     with pytest.raises(ValueError) as caught:
         write_export(run, format, str(tmp_path / "out"), **options)
     assert told in str(caught.value) and not (tmp_path / "out").exists()
