@@ -120,16 +120,14 @@ def test_classes_count_from_0_and_images_without_labels_have_an_empty_file(tmp_p
     run = put_run(tmp_path / "in", maps)
     write_export(run, "yolo-seg", str(tmp_path / "out"))
     assert (tmp_path / "out/labels/train/a.txt").read_text() == ""
-    assert (
-        tmp_path / "out/labels/train/b.txt"
-    ).read_text() == "0 0.000001 0.000001 0.750001 0.750001 0.000001 0.000001\n"
+    assert (tmp_path / "out/labels/train/b.txt").read_text() == "0 0 0 0.75 0.75 0 0\n"
     data = yaml.safe_load((tmp_path / "out/data.yaml").read_text("utf-8"))
     assert data["train"] == data["val"] == "images/train" and data["names"][0] == ODD.names[1]
 
 
 def test_polygons_keep_holes_and_cut_no_pixel_off_at_any_size():
     for size_hw in ((9, 27), (97, 113), (3000, 11)):
-        rng = np.random.default_rng(size_hw)
+        rng = np.random.default_rng(list(size_hw))
         label_HW = (rng.random(size_hw) < 0.6).astype(np.uint8)
         label_HW[1:-1:3, 1:-1] = 1
         drawn_HW = np.zeros_like(label_HW)
