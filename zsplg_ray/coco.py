@@ -7,7 +7,8 @@ Decisions: class k is the k-th category in the order of category ids, 0 is backg
 that is itself called "background" is 0 as well). Polygons and run lengths, compressed or not, are
 drawn from the largest to the smallest, so that what stands before something stays visible. A crowd
 is a region of its category like any other, but drawn first: instances lie on top of it. A pixel
-that no annotation covers is background; nothing becomes 255.
+that no annotation covers is background. What an image's entry `ignore_rle` covers becomes 255: a
+run length that `zsplg export` writes and other readers pass over.
 
 Shapes: H, W pixels.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from zsplg_ray.images import MOST_PX
+from zsplg_ray.records import IGNORE
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 from zsplg_ray.vocab import BACKGROUND, ClassList
@@ -84,6 +86,7 @@ class CocoMasks:
         try:
             named = {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])}
             self._sizes = {i["file_name"]: (int(i["height"]), int(i["width"])) for i in images}
+            self._ignored = {i["file_name"]: i["ignore_rle"] for i in images if "ignore_rle" in i}
             owner = {i["id"]: i["file_name"] for i in images}
             if any(min(size_hw) < 1 for size_hw in self._sizes.values()):
                 raise ValueError("an image without pixels")
@@ -126,6 +129,9 @@ class CocoMasks:
         label_HW = np.zeros(size_hw, dtype=np.uint8)
         for _, _, index, rle in sorted(layers, key=lambda layer: layer[:2]):
             label_HW[rle_codec.decode(rle).view(np.bool_)] = index  # one dense mask at a time
+        if file_name in self._ignored:
+            ignored = {"id": f"ignore_rle of {file_name}", "segmentation": self._ignored[file_name]}
+            label_HW[rle_codec.decode(self._rle(ignored, size_hw)).view(np.bool_)] = IGNORE
         return label_HW
 
     def _rle(self, annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> Any:

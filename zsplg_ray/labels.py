@@ -132,10 +132,16 @@ class Labels(Sequence[LabelledImage]):
         return len(self.ids)
 
     def __contains__(self, image: object) -> bool:
-        return image in self._index
+        return isinstance(image, str) and self.find(image) is not None
 
-    def position(self, image_id: str) -> int | None:
-        """Where an image stands, by its id with any image suffix or none; None if nowhere."""
+    def position(self, image_id: str) -> int:
+        """Where an image stands, by its id with any image suffix or none. Raises: KeyError."""
+        if (found := self.find(image_id)) is None:
+            raise KeyError(image_id)
+        return found
+
+    def find(self, image_id: str) -> int | None:
+        """As `position`; None if the image is nowhere."""
         found = self._index.get(image_id)
         return self._index.get(image_key(image_id)) if found is None else found
 
@@ -147,7 +153,7 @@ class Labels(Sequence[LabelledImage]):
         """One image by position or id, or some by positions. Raises: IndexError, KeyError."""
         if isinstance(which, slice):
             return list(self.read(range(*which.indices(len(self)))))
-        position = self._index[which] if isinstance(which, str) else range(len(self))[which]
+        position = self.position(which) if isinstance(which, str) else range(len(self))[which]
         part, row = self._places[position]
         if self._kept is None or self._kept[0] != part:
             self._kept = part, self._maps(part)

@@ -117,6 +117,21 @@ def report(given: config.ReportConfig) -> int:
     return 0
 
 
+def export(given: config.ExportConfig) -> int:
+    """Labels in the format of another tool; see config.ExportConfig."""
+    from zsplg_ray.views.export import export as run_export
+
+    result = run_export(given)
+    if given.json:
+        print(json.dumps(result))
+        return 0
+    counts = [f"{result['left_out'][kind]} {kind}" for kind in sorted(result["left_out"])]
+    left = f", {' and '.join(counts)} left out" if counts else ""
+    print(f"{result['images']} images{left} -> {result['to']} ({result['format']})")
+    print(f"next: {masked(result['next'])}")
+    return 0
+
+
 def submit(given: config.SubmitConfig, command: Command) -> int:
     """Run a verb as a job on a cluster; see config.SubmitConfig."""
     from zsplg_ray.cluster.submit import follow, job
@@ -199,6 +214,7 @@ VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
     "predict": (config.PredictConfig, predict, "a model over images -> labels/"),
     "evaluate": (config.EvaluateConfig, evaluate, "labels, PNG masks or a model against truth"),
     "report": (config.ReportConfig, report, "a run -> one HTML page to look at it"),
+    "export": (config.ExportConfig, export, "labels -> VOC, COCO, YOLO, Label Studio, CVAT, ..."),
     "shapes": (config.ShapesConfig, shapes, "scenes of the embedded world, VOC layout"),
     "demo": (config.DemoConfig, demo, "the whole pipeline on the embedded world"),
     "doctor": (config.DoctorConfig, doctor, "machine, GPUs, weights, Ray, storage"),
@@ -215,6 +231,7 @@ EXAMPLES = {
     "predict": "zsplg predict --model model/ --images photos/ --out predicted/",
     "evaluate": "zsplg evaluate run/ --truth masks/",
     "report": "zsplg report run/ --truth masks/ --compare predicted/ --out report.html",
+    "export": "zsplg export run/ --format coco --to coco/",
     "shapes": "zsplg shapes --n 100 --seed 0 --out scenes/",
     "demo": "zsplg demo --out zsplg_demo/",
     "doctor": "zsplg doctor --sam vit_b",

@@ -26,13 +26,13 @@ from zsplg_ray.vocab import SPECS
 NO_PLACES = frozenset(
     {
         *("backbone", "student.backbone", "search.over", "ray.address"),
-        *("prompts.templates", "prompts.background"),
+        *("prompts.templates", "prompts.background", "image_prefix"),
         *("mlflow.experiment", "mlflow.run_name", "mlflow.register", "mlflow.alias"),
     }
 )
 """Texts that are names or sentences."""
 
-WRITTEN = frozenset({"out", "mlflow.uri"})
+WRITTEN = frozenset({"out", "to", "mlflow.uri"})
 """Places that are made if they are missing. Others are read, even where they are written too."""
 
 _LIST = re.compile(r"[*?[]")

@@ -81,7 +81,7 @@ def open_sources(config: ReportConfig) -> Sources:
     mine = opened[0]
     for folder, labels in zip(folders[1:], opened[1:], strict=True):
         check_same(mine.classes, labels.classes, f"labels in {folder}")
-        if all(labels.position(image_id) is None for image_id in mine.ids):
+        if all(labels.find(image_id) is None for image_id in mine.ids):
             fix = f"{folder} has images such as {labels.ids[0]!r}"
             raise ValueError(complain("compare", "a run over the same images", folder, fix))
     truth = open_truth(config.truth, root=config.root) if config.truth is not None else None
@@ -124,7 +124,7 @@ def in_batches(sources: Sources, positions: Sequence[int]) -> Iterator[list[Rows
         rows = _read(sources.run, some)
         others = []
         for other in sources.others:
-            at = {p: other.labels.position(mine.ids[p]) for p in some}
+            at = {p: other.labels.find(mine.ids[p]) for p in some}
             theirs = _read(other, sorted({q for q in at.values() if q is not None}))
             others.append({p: theirs.get(q) for p, q in at.items() if q is not None})
         yield [Rows(p, rows[p], tuple(o.get(p) for o in others)) for p in some if p in rows]
@@ -134,7 +134,7 @@ def _read(run: Run, positions: Sequence[int]) -> dict[int, LabelledImage]:
     """Rows by position. Where a part is broken, those that can be read one by one."""
     try:
         found = list(run.labels.read(positions))
-        return {p: row for row in found if (p := run.labels.position(row.image_id)) is not None}
+        return {p: row for row in found if (p := run.labels.find(row.image_id)) is not None}
     except (OSError, ValueError, pa.ArrowException) as e:
         log.warning("some labels of %s cannot be read: %s", run.name, e)
     rows = {}
