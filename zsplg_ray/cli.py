@@ -54,7 +54,7 @@ def _nothing_stored(argv: Sequence[str], in_file: Mapping[str, Any]) -> dict[str
 
 def usage() -> str:
     """The text of `zsplg --help`."""
-    lines = [f"  {name:<11} {about}" for name, (_, _, about) in VERBS.items()]
+    lines = [f"  {name:<13} {about}" for name, (_, _, about) in VERBS.items()]
     return "\n".join(
         [
             f"zsplg {__version__}: unlabelled images + class names -> a segmentation model",
@@ -112,7 +112,8 @@ def _take_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
     words = 2 if " ".join(argv[:2]) in VERBS else 1
     verb, rest = " ".join(argv[:words]), list(argv[words:])
     if verb not in VERBS:
-        near = nearest(" ".join(argv[:2]) if verb == "tune" else verb, VERBS)
+        begins = any(known.startswith(f"{verb} ") for known in VERBS)  # one of two words
+        near = nearest(" ".join(argv[:2]) if begins else verb, VERBS)
         fix = f"did you mean `{near}`?" if near else "see zsplg --help"
         raise ValueError(complain("verb", f"one of {', '.join(VERBS)}", verb, fix))
     return verb, rest

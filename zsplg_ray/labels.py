@@ -134,6 +134,10 @@ class Labels(Sequence[LabelledImage]):
     def __contains__(self, image: object) -> bool:
         return image in self._index
 
+    def position(self, image_id: str) -> int:
+        """Where an image stands, by its id. Raises: KeyError."""
+        return self._index[image_id]
+
     @overload
     def __getitem__(self, which: int | str) -> LabelledImage: ...
     @overload

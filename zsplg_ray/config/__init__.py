@@ -17,6 +17,7 @@ from zsplg_ray.config.label import (
     RelabelConfig,
     SamConfig,
 )
+from zsplg_ray.config.review import ReviewExportConfig, ReviewImportConfig, ReviewWeights
 from zsplg_ray.config.shared import ActorsConfig, MlflowConfig, ModelMlflowConfig, RayConfig
 from zsplg_ray.config.tools import DemoConfig, DoctorConfig, ShapesConfig, SubmitConfig
 from zsplg_ray.config.train import (
@@ -60,6 +61,9 @@ __all__ = [
     "PromptsConfig",
     "RayConfig",
     "RelabelConfig",
+    "ReviewExportConfig",
+    "ReviewImportConfig",
+    "ReviewWeights",
     "SamConfig",
     "SearchConfig",
     "ShapesConfig",

@@ -27,12 +27,13 @@ NO_PLACES = frozenset(
     {
         *("backbone", "student.backbone", "search.over", "ray.address"),
         *("prompts.templates", "prompts.background"),
+        "image_prefix",
         *("mlflow.experiment", "mlflow.run_name", "mlflow.register", "mlflow.alias"),
     }
 )
 """Texts that are names or sentences."""
 
-WRITTEN = frozenset({"out", "mlflow.uri"})
+WRITTEN = frozenset({"out", "to", "merged", "mlflow.uri"})
 """Places that are made if they are missing. Others are read, even where they are written too."""
 
 _LIST = re.compile(r"[*?[]")
