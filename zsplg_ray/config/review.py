@@ -61,7 +61,7 @@ class ReviewExportConfig(Section):
     """What to write for the tool that the labels are corrected in."""
     images: Literal["copy", "link", "none"] | None = None
     """What becomes of the images: copy puts them beside the labels, link puts links, none leaves
-    them where they are. None: copy, but none for labelstudio."""
+    them where they are. None: copy, but none with image_prefix."""
     image_prefix: str | None = None
     """For labelstudio: what stands before an image's path in the tasks, such as
     s3://bucket/photos/. None: /data/local-files/?d=, Label Studio's address of local files."""

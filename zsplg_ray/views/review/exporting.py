@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import logging
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,12 +29,8 @@ from zsplg_ray.views.review.signs import Signs, Source, measure
 log = logging.getLogger(__name__)
 
 RECORD, TABLE = "review.json", "picks.csv"
-_RETURNS = {
-    "labelstudio": "the JSON that Label Studio exports",
-    "voc": "{to}",
-    "coco": "the corrected COCO json",
-}
-"""What is given to `review import --masks`, by format."""
+_CORRECTED = {"voc": "SegmentationClass", "coco": "annotations/instances_train.json"}
+"""What is corrected in place, by format; Label Studio exports a file of its own."""
 
 
 def export_picks(config: ReviewExportConfig) -> dict[str, Any]:
@@ -63,7 +60,8 @@ def export_picks(config: ReviewExportConfig) -> dict[str, Any]:
     missing = [i for i in labels.ids if i not in other.labels] if other is not None else []
     record["not_compared"] = len(missing)
     record["broken"] = {labels.ids[p]: one_line(why) for p, why in sorted(source.broken.items())}
-    options = {"images": config.images, "image_prefix": config.image_prefix}
+    images = config.images or ("copy" if config.image_prefix is None else "none")
+    options = {"images": images, "image_prefix": config.image_prefix}
     written = write_export(
         labels,
         config.format,
@@ -76,7 +74,7 @@ def export_picks(config: ReviewExportConfig) -> dict[str, Any]:
     folder = RunFolder(config.to)
     folder.write_bytes(TABLE, table(record["picks"]).encode())
     folder.write_bytes(RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-    return record | {"next": [written["next"], *_next(config)]}
+    return record | {"next": _next(config, str(written["next"]))}
 
 
 def table(picks: Sequence[Mapping[str, Any]]) -> str:
@@ -174,12 +172,17 @@ def _record(
     }
 
 
-def _next(config: ReviewExportConfig) -> list[str]:
-    """The commands that follow the correcting."""
-    masks = _RETURNS[config.format].format(to=config.to)
-    if " " in masks:
-        masks = f"MASKS ({masks})"
-    return [f"zsplg review import --masks {masks} --run {config.run} --out corrected/"]
+def _next(config: ReviewExportConfig, how: str) -> list[str]:
+    """What to do with the export, and the command that follows."""
+    if config.format == "labelstudio":
+        masks = "export.json"
+        how += f"; correct and submit each, and export the project as JSON ({masks})"
+    else:
+        place = _CORRECTED[config.format]
+        masks = config.to if config.format == "voc" else f"{config.to.rstrip('/')}/{place}"
+        how = f"correct {config.to.rstrip('/')}/{place}"
+    run = shlex.quote(config.run)
+    return [how, f"zsplg review import --masks {shlex.quote(masks)} --run {run} --out corrected/"]
 
 
 def _cell(text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -161,11 +162,9 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def next_command(result: Mapping[str, Any]) -> str:
     """The command line that trains on what came back."""
-    run = result["merged"] or result["run"]
-    return (
-        f"zsplg train --labeled {result['out']} --unlabeled {result['run']} --zeroshot {run} "
-        "--out model/"
-    )
+    out, run = shlex.quote(result["out"]), shlex.quote(result["run"])
+    labels = shlex.quote(result["merged"]) if result["merged"] else run
+    return f"zsplg train --labeled {out} --unlabeled {run} --zeroshot {labels} --out model/"
 
 
 def _listed(parts: Iterable[tuple[int, str]]) -> str:
