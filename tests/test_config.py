@@ -16,6 +16,7 @@ from zsplg_ray import config
 from zsplg_ray.settings import (
     Range,
     Section,
+    choices,
     flatten,
     from_mapping,
     override,
@@ -84,7 +85,8 @@ FIELDS = [
 
 
 def example(cls: type[Section]) -> dict[str, object]:
-    return dict.fromkeys(required(cls), "x")
+    hints = setting_types(cls)
+    return {name: next(iter(choices(hints[name])), "x") for name in required(cls)}
 
 
 def bounds(hint: object) -> list[Range]:

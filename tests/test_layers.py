@@ -22,7 +22,7 @@ PLAIN = (
     "filesystems",
     "part_index",
     *("sources", "images", "coco", "masks", "metrics", "signals"),
-    *("safe_text", "safe_yaml", "parquet_texts", "part_check"),
+    *("safe_text", "safe_yaml", "parquet_texts", "part_check", "label_studio"),
 )
 """Modules of the lowest layer."""
 MEASURES = "zsplg_ray.label.stages"

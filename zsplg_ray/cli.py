@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 _AGAIN = "what is finished is kept, the same command goes on from there"
 _AFTER = {
     "tune train": "what is finished is kept, the same command with --resume goes on",
+    "export": "nothing was written",
+    "review export": "nothing was written",
     SUBMIT: "no job was submitted",
 }
 """What an interrupted verb has left, if the interruption does not tell it."""

@@ -7,7 +7,9 @@ Decisions: class k is the k-th category in the order of category ids, 0 is backg
 that is itself called "background" is 0 as well). Polygons and run lengths, compressed or not, are
 drawn from the largest to the smallest, so that what stands before something stays visible. A crowd
 is a region of its category like any other, but drawn first: instances lie on top of it. A pixel
-that no annotation covers is background; nothing becomes 255.
+that no annotation covers is background, or 255 where the image's entry `ignore_rle` covers it: a
+run length that `zsplg export` writes and other readers pass over. So what a person draws on pixels
+without a label counts.
 
 Shapes: H, W pixels.
 """
@@ -22,6 +24,7 @@ import numpy as np
 from pycocotools import mask as rle_codec
 
 from zsplg_ray.images import MOST_PX
+from zsplg_ray.records import IGNORE
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 from zsplg_ray.vocab import BACKGROUND, ClassList
@@ -84,6 +87,7 @@ class CocoMasks:
         try:
             named = {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda c: c["id"])}
             self._sizes = {i["file_name"]: (int(i["height"]), int(i["width"])) for i in images}
+            self._ignored = {i["file_name"]: i["ignore_rle"] for i in images if "ignore_rle" in i}
             owner = {i["id"]: i["file_name"] for i in images}
             if any(min(size_hw) < 1 for size_hw in self._sizes.values()):
                 raise ValueError("an image without pixels")
@@ -124,6 +128,9 @@ class CocoMasks:
             index = self._index[annotation["category_id"]]
             layers.append((not annotation.get("iscrowd"), -int(rle_codec.area(rle)), index, rle))
         label_HW = np.zeros(size_hw, dtype=np.uint8)
+        if file_name in self._ignored:
+            ignored = {"id": f"ignore_rle of {file_name}", "segmentation": self._ignored[file_name]}
+            label_HW[rle_codec.decode(self._rle(ignored, size_hw)).view(np.bool_)] = IGNORE
         for _, _, index, rle in sorted(layers, key=lambda layer: layer[:2]):
             label_HW[rle_codec.decode(rle).view(np.bool_)] = index  # one dense mask at a time
         return label_HW

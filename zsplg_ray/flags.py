@@ -19,6 +19,7 @@ import tyro
 
 from zsplg_ray.settings import (
     Section,
+    choices,
     complain,
     flag_names,
     from_mapping,
@@ -72,7 +73,8 @@ def parse(
     values = _merge(nest(stored(argv, in_file)), in_file)
     for name in required(cls):
         if name in given or is_positional(hints[name]):
-            values.setdefault(name, "")  # a place to stand until tyro reads the flag
+            # A place to stand until tyro reads the flag.
+            values.setdefault(name, next(iter(choices(hints[name])), ""))
     made = _tyro(cls, argv, from_mapping(cls, values), verb)
     for name in required(cls):
         if getattr(made, name) in ("", ("",)):

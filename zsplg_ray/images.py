@@ -84,6 +84,27 @@ def image_size(data: bytes, *, max_px: int = MAX_PX) -> tuple[int, int]:
         return (width, height) if sideways else (height, width)
 
 
+def upright(data: bytes) -> tuple[bytes, str] | None:
+    """The image as shown, as a file and its suffix, for programs that do not know orientations.
+
+    Returns: None where the file itself shows it so, by its EXIF orientation. Else a JPEG of quality
+        95 of a JPEG, and a PNG of anything else.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    with _opened(data, MAX_PX) as image:
+        if _orientation(image) == 1:
+            return None
+        jpeg = image.format in ("JPEG", "MPO")
+    turned, buffer = Image.fromarray(decode_image(data)), io.BytesIO()
+    if jpeg:
+        turned.save(buffer, "JPEG", quality=95, subsampling=0)
+    else:
+        turned.save(buffer, "PNG")
+    return buffer.getvalue(), ".jpg" if jpeg else ".png"
+
+
 def decode_indices(data: bytes, *, name: str = "mask", max_px: int = MAX_PX) -> np.ndarray:
     """The stored values of an 8-bit one-channel PNG, uint8 [H, W]: palette indices or grey values.
 

@@ -254,6 +254,12 @@ def _section_values(name: str, hint: type, given: Any) -> dict[str, Any]:
     return nest(given or {})
 
 
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a setting of a few choices may have; of any other: none."""
+    base = _base_type(hint)
+    return typing.get_args(base) if typing.get_origin(base) is Literal else ()
+
+
 def _base_type(hint: Any) -> Any:
     return hint.__origin__ if hasattr(hint, "__metadata__") else hint
 

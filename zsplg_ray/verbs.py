@@ -107,6 +107,21 @@ def evaluate(given: config.EvaluateConfig) -> int:
     return 0
 
 
+def export(given: config.ExportConfig) -> int:
+    """Labels in the format of another tool; see config.ExportConfig."""
+    from zsplg_ray.views.export import export as run_export
+
+    result = run_export(given)
+    if given.json:
+        print(json.dumps(result))
+        return 0
+    counts = [f"{result['left_out'][kind]} {kind}" for kind in sorted(result["left_out"])]
+    left = f", {' and '.join(counts)} left out" if counts else ""
+    print(f"{result['images']} images{left} -> {result['to']} ({result['format']})")
+    print(f"next: {masked(result['next'])}")
+    return 0
+
+
 def review_export(given: config.ReviewExportConfig) -> int:
     """Pick images to correct; see config.ReviewExportConfig."""
     from zsplg_ray.views.review import exporting as room
@@ -210,6 +225,7 @@ VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
     ),
     "predict": (config.PredictConfig, predict, "a model over images -> labels/"),
     "evaluate": (config.EvaluateConfig, evaluate, "labels, PNG masks or a model against truth"),
+    "export": (config.ExportConfig, export, "labels -> VOC, COCO, YOLO, Label Studio, CVAT, ..."),
     "review export": (
         config.ReviewExportConfig,
         review_export,
@@ -235,6 +251,7 @@ EXAMPLES = {
     "--out study/ --trials 20",
     "predict": "zsplg predict --model model/ --images photos/ --out predicted/",
     "evaluate": "zsplg evaluate run/ --truth masks/",
+    "export": "zsplg export run/ --format coco --to coco/",
     "review export": "zsplg review export --run run/ --to review/ --budget 50 --compare predicted/",
     "review import": "zsplg review import --masks export.json --run run/ --out corrected/",
     "shapes": "zsplg shapes --n 100 --seed 0 --out scenes/",

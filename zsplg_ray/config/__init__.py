@@ -9,6 +9,7 @@ under each field.
 A setting that is None means "what suits the chosen model"; `label.presets.resolve` fills it in.
 """
 
+from zsplg_ray.config.export import ExportConfig
 from zsplg_ray.config.label import (
     ClipConfig,
     ComposeConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "DemoConfig",
     "DoctorConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FusionConfig",
     "FusionRule",
     "LabelConfig",

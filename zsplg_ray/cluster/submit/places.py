@@ -26,8 +26,7 @@ from zsplg_ray.vocab import SPECS
 NO_PLACES = frozenset(
     {
         *("backbone", "student.backbone", "search.over", "ray.address"),
-        *("prompts.templates", "prompts.background"),
-        "image_prefix",
+        *("prompts.templates", "prompts.background", "image_prefix"),
         *("mlflow.experiment", "mlflow.run_name", "mlflow.register", "mlflow.alias"),
     }
 )
