@@ -25,7 +25,7 @@ Shapes: H W pixels; K classes, background included; R segments; D embedding; V =
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle_codec
@@ -114,14 +114,12 @@ def measure(source: Source, positions: list[int], other: Source | None = None) -
     """
     labels, yard = source.labels, Yardstick.learn(source)
     n_classes = len(labels.classes)
-    px_NK = np.array(labels.small["class_px"].to_pylist(), np.int64).reshape(-1, n_classes)
-    rarity_K = rarity(px_NK)
     theirs = Yardstick.learn(other) if other is not None else None
-    rows: dict[int, tuple[list[float], np.ndarray, np.ndarray]] = {}
+    rows: dict[int, _Row] = {}
     used = {"confidence", "unlabelled", "rare"}
     for maps in source.read(positions):
         px_K = np.bincount(maps.label_HW[maps.label_HW != IGNORE], minlength=n_classes)
-        holds_K = px_K > 0
+        theirs_K = np.zeros(n_classes, bool)
         shares = np.sqrt(px_K[1:] / maps.label_HW.size).astype(np.float32)
         values = dict.fromkeys(PARTS, 0.0)
         values["confidence"] = float(np.mean((1 - yard.ranks(maps)) * _is_class(maps.label_HW)))
@@ -138,28 +136,40 @@ def measure(source: Source, positions: list[int], other: Source | None = None) -
             if found is not None:
                 values["disagreement"] = differing(maps, yard, found, theirs)
                 named = found.label_HW[found.label_HW != IGNORE]
-                holds_K |= np.bincount(named, minlength=n_classes) > 0
-        values["rare"] = float(np.max(rarity_K, where=holds_K, initial=0.0))
+                theirs_K = np.bincount(named, minlength=n_classes) > 0
         feature = shares if pooled is None else pooled
-        rows[maps.position] = [values[p] for p in PARTS], holds_K, feature
+        rows[maps.position] = _Row([values[p] for p in PARTS], px_K > 0, theirs_K, feature)
     return _signs(rows, n_classes, used)
 
 
-def _signs(
-    rows: dict[int, tuple[list[float], np.ndarray, np.ndarray]], n_classes: int, used: set[str]
-) -> Signs:
-    """Rows by position -> arrays; features of another length than most become 0."""
+class _Row(NamedTuple):
+    """One image's numbers."""
+
+    values_P: list[float]
+    own_K: np.ndarray
+    """bool [K], the classes that its labels hold."""
+    theirs_K: np.ndarray
+    """The same of the run to compare with."""
+    feature_D: np.ndarray
+
+
+def _signs(rows: dict[int, _Row], n_classes: int, used: set[str]) -> Signs:
+    """Rows by position -> arrays, and `rare`; features of another length than most become 0."""
     positions = sorted(rows)
-    value_NP = np.array([rows[p][0] for p in positions], np.float64).reshape(-1, len(PARTS))
-    holds_NK = np.array([rows[p][1] for p in positions], bool).reshape(-1, n_classes)
-    width = max((len(rows[p][2]) for p in positions), default=0)
+    value_NP = np.array([rows[p].values_P for p in positions], np.float64).reshape(-1, len(PARTS))
+    own_NK = np.array([rows[p].own_K for p in positions], bool).reshape(-1, n_classes)
+    theirs_NK = np.array([rows[p].theirs_K for p in positions], bool).reshape(-1, n_classes)
+    holds_NK = own_NK | theirs_NK
+    value_NP[:, PARTS.index("rare")] = (holds_NK * rarity(own_NK)).max(axis=1, initial=0.0)
+    width = max((len(rows[p].feature_D) for p in positions), default=0)
     feature_ND = np.zeros((len(positions), width), np.float32)
     for n, p in enumerate(positions):
-        if len(rows[p][2]) == width:
-            feature_ND[n] = rows[p][2]
+        if len(rows[p].feature_D) == width:
+            feature_ND[n] = rows[p].feature_D
     feature_ND -= feature_ND.mean(axis=0) if len(positions) else 0.0  # else all point one way
-    feature_ND = _unit(feature_ND)
-    return Signs(positions, value_NP, holds_NK, feature_ND, tuple(p for p in PARTS if p in used))
+    return Signs(
+        positions, value_NP, holds_NK, _unit(feature_ND), tuple(p for p in PARTS if p in used)
+    )
 
 
 def owner_of(maps: Maps, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,13 +226,14 @@ def leads(vector_RD: np.ndarray, owner_R: np.ndarray, mean_KD: np.ndarray) -> np
     return np.where((owner_R > 0) & np.isfinite(lead_R), lead_R, np.nan).astype(np.float32)
 
 
-def rarity(px_NK: np.ndarray) -> np.ndarray:
+def rarity(holds_NK: np.ndarray) -> np.ndarray:
     """How rare each class is in a run, float64 [K] in [0, 1]: 0 in every image or background, 1 in
     none; the logarithm of the share of images that hold it.
     """
-    n = len(px_NK)
-    held_K = (px_NK > 0).sum(axis=0)
-    rare_K = np.log((n + 1) / (held_K + 1)) / np.log(n + 1) if n else np.zeros(px_NK.shape[1])
+    n = len(holds_NK)
+    if not n:
+        return np.zeros(holds_NK.shape[1])
+    rare_K = np.log((n + 1) / (holds_NK.sum(axis=0) + 1)) / np.log(n + 1)
     rare_K[0] = 0.0
     return rare_K
 
