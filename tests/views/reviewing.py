@@ -23,14 +23,15 @@ def make_run(
     segments: dict[str, Segments] | None = None,
     classes: ClassList = CLASSES,
     per_part: int = 3,
+    photos: str = "/photos",
 ) -> str:
-    """A finished run of `label`: maps by image id, scores in 255ths (200 where there is a class)."""
+    """A finished run of `label`: maps and scores by image id, scores in 255ths, by default 200."""
     run = RunFolder(str(folder))
     meta = {"fingerprint": "f", "labels_fingerprint": "l", "classes": classes.to_dict()}
     ids = sorted(labels)
     for start in range(0, len(ids), per_part):
         part = ids[start : start + per_part]
-        rows = [_row(i, labels[i], (scores or {}).get(i), len(classes)) for i in part]
+        rows = [_row(i, labels[i], (scores or {}).get(i), len(classes), photos) for i in part]
         table = pa.Table.from_pylist(rows, schema=LABELS)
         run.write_part("labels", part_name(part), table, meta)
         if segments is not None:
@@ -40,21 +41,25 @@ def make_run(
     return str(folder)
 
 
-def _row(image_id: str, label: Any, score: Any, n_classes: int) -> dict[str, Any]:
+def _row(image_id: str, label: Any, score: Any, n_classes: int, photos: str) -> dict[str, Any]:
     if isinstance(label, bytes):  # a broken one
         pngs = {"label_png": label, "score_png": label}
-        return {"image_id": image_id, "uri": "/x", "width": 2, "height": 2} | pngs | {
-            "class_px": [0] * n_classes,
-            "source": "zeroshot",
-            "confidence": 0.5,
-        }
+        return (
+            {"image_id": image_id, "uri": "/x", "width": 2, "height": 2}
+            | pngs
+            | {
+                "class_px": [0] * n_classes,
+                "source": "zeroshot",
+                "confidence": 0.5,
+            }
+        )
     label_HW = np.asarray(label, np.uint8)
     named_HW = (label_HW != IGNORE) & (label_HW != 0)
     score_HW = np.where(named_HW, 200, 0) if score is None else np.asarray(score)
     suffix = "" if image_id.lower().endswith(IMAGE_SUFFIXES) else ".jpg"
     return {
         "image_id": image_id,
-        "uri": f"/photos/{image_id}{suffix}",
+        "uri": f"{photos}/{image_id}{suffix}",
         "width": label_HW.shape[1],
         "height": label_HW.shape[0],
         "label_png": encode_png(label_HW),

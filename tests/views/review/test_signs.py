@@ -48,9 +48,7 @@ def test_unlabelled_and_rare(tmp_path):
 def test_disagreement_weighs_by_both_scores(tmp_path):
     labels = {"a": [[1, 1, 0, 0]], "b": [[1, 1, 255, 0]], "c": [[0, 0, 0, 0]]}
     other = {"a.jpg": [[1, 2, 2, 0]], "b.jpg": [[1, 1, 2, 0]]}
-    table, found, _ = parts(
-        make_run(tmp_path / "run", labels), make_run(tmp_path / "other", other)
-    )
+    table, found, _ = parts(make_run(tmp_path / "run", labels), make_run(tmp_path / "other", other))
     # All scores of classes are alike, so their rank is 1/2; background has score 0, so rank 0.
     assert table["a"]["disagreement"] == pytest.approx((0.5 + 0.5) / 2 / 4 + (0 + 0.5) / 2 / 4)
     assert table["b"]["disagreement"] == 0, "no label is no contradiction"

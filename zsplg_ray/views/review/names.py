@@ -7,6 +7,7 @@ have, so a name is an image's id, with or without suffix, or what `views.export.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +17,10 @@ from zsplg_ray.settings import complain
 from zsplg_ray.sources import image_key
 from zsplg_ray.vocab import ClassList
 
-IGNORED = ("ignore", "no label", "zsplg ignore", "unsure", "void")
-"""Class names, regardless of case, that mean 255 where the run has no class of that name."""
+IGNORED = re.compile(r"(zsplg )?ignore( [0-9]+)?|no label|unsure|void", re.IGNORECASE)
+"""Class names that mean 255 where the run has no class of that name: those that `export` gives to
+pixels without label, and what people call them.
+"""
 
 
 class ImageNames:
@@ -62,7 +65,7 @@ def class_of(name: str, classes: ClassList) -> int:
     try:
         return classes.index(name)
     except ValueError:
-        if name.strip().casefold() in IGNORED:
+        if IGNORED.fullmatch(name.strip()):
             return IGNORE
         raise
 

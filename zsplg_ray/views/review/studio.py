@@ -63,11 +63,11 @@ class Painted:
         for region in self.result:
             if not isinstance(region, Mapping):
                 raise _error("a list of regions", type(region).__name__)
-            kind, value = region.get("type"), region.get("value")
+            kind, value = str(region.get("type")), region.get("value")
             if kind in _PASSED:
                 continue
             if kind not in _DRAWN or not isinstance(value, Mapping):
-                raise _error(f"regions of {', '.join(_DRAWN)}", str(kind))
+                raise _error(f"regions of {', '.join(_DRAWN)}", kind)
             names = value.get(kind)
             if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
                 raise _error("regions with one label each", str(names)[:100])
@@ -167,7 +167,10 @@ def _when(annotation: Mapping[str, Any]) -> tuple[str, int]:
 def _brush(value: Mapping[str, Any], size_hw: tuple[int, int]) -> np.ndarray:
     if value.get("format") != "rle":
         raise _error("brushes of format rle", str(value.get("format"))[:20])
-    return decode_brush(value.get("rle") or (), *size_hw)
+    rle = value.get("rle")
+    if not isinstance(rle, list):  # of a number, bytes() would make that many zeros
+        raise _error("brushes with an rle that is a list", type(rle).__name__)
+    return decode_brush(rle, *size_hw)
 
 
 def _polygon(value: Mapping[str, Any], size_hw: tuple[int, int]) -> np.ndarray:
