@@ -132,11 +132,12 @@ class Labels(Sequence[LabelledImage]):
         return len(self.ids)
 
     def __contains__(self, image: object) -> bool:
-        return image in self._index
+        return isinstance(image, str) and (image in self._index or image_key(image) in self._index)
 
     def position(self, image_id: str) -> int:
-        """Where an image stands, by its id. Raises: KeyError."""
-        return self._index[image_id]
+        """Where an image stands, by its id, with or without suffix. Raises: KeyError."""
+        found = self._index.get(image_id)
+        return found if found is not None else self._index[image_key(image_id)]
 
     @overload
     def __getitem__(self, which: int | str) -> LabelledImage: ...
@@ -146,7 +147,7 @@ class Labels(Sequence[LabelledImage]):
         """One image by position or id, or some by positions. Raises: IndexError, KeyError."""
         if isinstance(which, slice):
             return list(self.read(range(*which.indices(len(self)))))
-        position = self._index[which] if isinstance(which, str) else range(len(self))[which]
+        position = self.position(which) if isinstance(which, str) else range(len(self))[which]
         part, row = self._places[position]
         if self._kept is None or self._kept[0] != part:
             self._kept = part, self._maps(part)

@@ -149,10 +149,8 @@ class Format:
 
 
 def colour_hex(index: int) -> str:
-    """The colour of a class as #rrggbb; grey for pixels without label."""
-    colours = palette()
-    rgb = (128, 128, 128) if index == IGNORE else tuple(colours[3 * index : 3 * index + 3])
-    return "#{:02x}{:02x}{:02x}".format(*rgb)
+    """The colour of a class, or of pixels without label (255), as #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*palette()[3 * index : 3 * index + 3])
 
 
 def things(classes: ClassList) -> Iterator[tuple[int, str]]:

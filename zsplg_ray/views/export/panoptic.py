@@ -32,13 +32,13 @@ class PanopticWriter:
         """The PNG of an image, its record, its annotation."""
         options = self.job.options
         found = regions(item.label_HW, options.instances, options.min_area_px)
-        segment_HW = np.zeros(item.size_hw, np.uint32)
+        segment_HW = np.zeros(item.size_hw, "<u4")
         for number, region in enumerate(found, start=1):
             left, top, width, height = region.box_xywh
             segment_HW[top : top + height, left : left + width][region.mask_hw] = number
-        rgb_HWC = np.stack([segment_HW >> shift & 255 for shift in (0, 8, 16)], axis=2)
+        rgb_HWC = np.ascontiguousarray(segment_HW.view(np.uint8).reshape(*item.size_hw, 4)[..., :3])
         buffer = io.BytesIO()
-        Image.fromarray(rgb_HWC.astype(np.uint8)).save(buffer, "PNG", compress_level=4)
+        Image.fromarray(rgb_HWC).save(buffer, "PNG", compress_level=2)
         name = f"{item.name}.png"
         self.job.write(f"annotations/panoptic_{item.split}/{name}", buffer.getvalue())
         image = image_record(item)

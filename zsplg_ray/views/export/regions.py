@@ -61,16 +61,15 @@ def regions(
         if index == 0 or (index == IGNORE and not ignore):
             continue
         mask_HW = (label_HW == index).view(np.uint8)
+        left, top, width, height = cv2.boundingRect(mask_HW)
+        mask_hw = np.ascontiguousarray(mask_HW[top : top + height, left : left + width])
         if instances == "classes" or index == IGNORE:
-            left, top, width, height = cv2.boundingRect(mask_HW)
-            cut = mask_HW[top : top + height, left : left + width].astype(bool)
-            found.append(Region(index, left, top, cut, int(cut.sum())))
+            found.append(Region(index, left, top, mask_hw.view(bool), int(mask_hw.sum())))
             continue
-        count, part_HW, stats, _ = cv2.connectedComponentsWithStats(mask_HW, connectivity=8)
-        for part in range(1, count):
-            left, top, width, height, area = stats[part].tolist()
-            cut = part_HW[top : top + height, left : left + width] == part
-            found.append(Region(index, left, top, cut, area))
+        _, part_hw, stats, _ = cv2.connectedComponentsWithStats(mask_hw, connectivity=8)
+        for part, (x, y, wide, high, area) in enumerate(stats[1:].tolist(), start=1):
+            cut = part_hw[y : y + high, x : x + wide] == part
+            found.append(Region(index, left + x, top + y, cut, area))
     return [r for r in found if r.index == IGNORE or r.area_px >= (min_area_px or 0)]
 
 
