@@ -27,14 +27,8 @@ PLAIN = (
 """Modules of the lowest layer."""
 MEASURES = "zsplg_ray.label.stages"
 """Part of a benchmark, not of the product: it may look at the scenes of the embedded world."""
-NO_TORCH = (
-    *PLAIN,
-    "label.segments",
-    "label.compose",
-    "label.textbank",
-    "views.pictures",
-    *(f"views.review.{name}" for name in ("exporting", "importing")),
-)
+NO_TORCH = (*PLAIN, "label.segments", "label.compose", "label.textbank", "views.pictures")
+NO_TORCH += ("views.review.exporting", "views.review.importing")
 
 
 def imports(module: str) -> Iterator[str]:
