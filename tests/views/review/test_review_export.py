@@ -43,8 +43,8 @@ def run(tmp_path):
 
 
 def picked(run, to, budget=3, **more):
-    more: dict[str, Any] = {"images": "none", "format": "voc"} | more
-    return export_picks(ReviewExportConfig(run=run, to=str(to), budget=budget, **more))
+    given: dict[str, Any] = {"images": "none", "format": "voc", **more}
+    return export_picks(ReviewExportConfig(run=run, to=str(to), budget=budget, **given))
 
 
 def test_picks_say_why(tmp_path, run):
