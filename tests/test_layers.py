@@ -29,11 +29,8 @@ MEASURES = "zsplg_ray.label.stages"
 """Part of a benchmark, not of the product: it may look at the scenes of the embedded world."""
 NO_TORCH = (
     *PLAIN,
-    "label.segments",
-    "label.compose",
-    "label.textbank",
-    "label.naming",
-    "views.pictures",
+    *("label.segments", "label.compose", "label.textbank", "label.naming"),
+    *("views.pictures", "views.review.exporting", "views.review.importing"),
 )
 
 

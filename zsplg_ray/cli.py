@@ -54,7 +54,7 @@ def _nothing_stored(argv: Sequence[str], in_file: Mapping[str, Any]) -> dict[str
 
 def usage() -> str:
     """The text of `zsplg --help`."""
-    lines = [f"  {name:<11} {about}" for name, (_, _, about) in VERBS.items()]
+    lines = [f"  {name:<13} {about}" for name, (_, _, about) in VERBS.items()]
     return "\n".join(
         [
             f"zsplg {__version__}: unlabelled images + class names -> a segmentation model",
@@ -103,6 +103,7 @@ _AGAIN = "what is finished is kept, the same command goes on from there"
 _AFTER = {
     "tune train": "what is finished is kept, the same command with --resume goes on",
     "export": "nothing was written",
+    "review export": "nothing was written",
     SUBMIT: "no job was submitted",
 }
 """What an interrupted verb has left, if the interruption does not tell it."""
@@ -113,7 +114,8 @@ def _take_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
     words = 2 if " ".join(argv[:2]) in VERBS else 1
     verb, rest = " ".join(argv[:words]), list(argv[words:])
     if verb not in VERBS:
-        near = nearest(" ".join(argv[:2]) if verb == "tune" else verb, VERBS)
+        begins = any(known.startswith(f"{verb} ") for known in VERBS)  # one of two words
+        near = nearest(" ".join(argv[:2]) if begins else verb, VERBS)
         fix = f"did you mean `{near}`?" if near else "see zsplg --help"
         raise ValueError(complain("verb", f"one of {', '.join(VERBS)}", verb, fix))
     return verb, rest

@@ -7,8 +7,9 @@ Decisions: class k is the k-th category in the order of category ids, 0 is backg
 that is itself called "background" is 0 as well). Polygons and run lengths, compressed or not, are
 drawn from the largest to the smallest, so that what stands before something stays visible. A crowd
 is a region of its category like any other, but drawn first: instances lie on top of it. A pixel
-that no annotation covers is background. What an image's entry `ignore_rle` covers becomes 255: a
-run length that `zsplg export` writes and other readers pass over.
+that no annotation covers is background, or 255 where the image's entry `ignore_rle` covers it: a
+run length that `zsplg export` writes and other readers pass over. So what a person draws on pixels
+without a label counts.
 
 Shapes: H, W pixels.
 """
@@ -127,11 +128,11 @@ class CocoMasks:
             index = self._index[annotation["category_id"]]
             layers.append((not annotation.get("iscrowd"), -int(rle_codec.area(rle)), index, rle))
         label_HW = np.zeros(size_hw, dtype=np.uint8)
-        for _, _, index, rle in sorted(layers, key=lambda layer: layer[:2]):
-            label_HW[rle_codec.decode(rle).view(np.bool_)] = index  # one dense mask at a time
         if file_name in self._ignored:
             ignored = {"id": f"ignore_rle of {file_name}", "segmentation": self._ignored[file_name]}
             label_HW[rle_codec.decode(self._rle(ignored, size_hw)).view(np.bool_)] = IGNORE
+        for _, _, index, rle in sorted(layers, key=lambda layer: layer[:2]):
+            label_HW[rle_codec.decode(rle).view(np.bool_)] = index  # one dense mask at a time
         return label_HW
 
     def _rle(self, annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> Any:

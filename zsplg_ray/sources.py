@@ -35,6 +35,7 @@ MANIFEST = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
 _MAGIC = re.compile(r"[*?[]")
+_LABELS = re.compile(r"labels/part-[0-9a-f]{20}\.parquet")
 _PROBED = 5
 
 
@@ -46,6 +47,8 @@ def list_images(src: str, *, root: str | None = None) -> pa.Table:
 
             - a folder: every file below it that ends in one of `IMAGE_SUFFIXES` and is not hidden;
               the path below the folder. Links are followed.
+            - a run's folder (run.json, labels/): the images that have a row in labels/, by its
+              `image_id` and `uri`; so corrected labels bring their images along.
             - a folder with JPEGImages/ in it (Pascal VOC): the images there; the name, no suffix.
             - a glob such as `imgs/**/*.jpg`, `**` being any number of folders: as for a folder,
               namely the part before the first wildcard.
@@ -127,6 +130,8 @@ def _voc(place: Place) -> list[tuple[str, str]]:
 
 def _folder(place: Place, files: list[str], root: Place) -> list[tuple[str, str]]:
     """(id, uri) of the images among files below a folder, or else of the rows of Parquet files."""
+    if "run.json" in files and (labels := [path for path in files if _LABELS.fullmatch(path)]):
+        return [pair for path in labels for pair in _parquet(place.child(path), root)]
     images = [path for path in files if image_key(path) != path]
     if images:
         return [(path, place.child(path).uri) for path in images]

@@ -132,6 +132,28 @@ def export(given: config.ExportConfig) -> int:
     return 0
 
 
+def review_export(given: config.ReviewExportConfig) -> int:
+    """Pick images to correct; see config.ReviewExportConfig."""
+    from zsplg_ray.views.review import exporting as room
+
+    record = room.export_picks(given)
+    print(json.dumps(record) if given.json else room.summary(record))
+    return 0
+
+
+def review_import(given: config.ReviewImportConfig) -> int:
+    """Take corrected masks back; see config.ReviewImportConfig."""
+    from zsplg_ray.cluster.lock import only_run
+    from zsplg_ray.rundir import RunFolder
+    from zsplg_ray.views.review import importing as room
+
+    folder = RunFolder(given.out)
+    with only_run(folder):
+        result = room.import_masks(given, folder)
+    print(json.dumps(result) if given.json else room.summary(result))
+    return 0
+
+
 def submit(given: config.SubmitConfig, command: Command) -> int:
     """Run a verb as a job on a cluster; see config.SubmitConfig."""
     from zsplg_ray.cluster.submit import follow, job
@@ -215,6 +237,16 @@ VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
     "evaluate": (config.EvaluateConfig, evaluate, "labels, PNG masks or a model against truth"),
     "report": (config.ReportConfig, report, "a run -> one HTML page to look at it"),
     "export": (config.ExportConfig, export, "labels -> VOC, COCO, YOLO, Label Studio, CVAT, ..."),
+    "review export": (
+        config.ReviewExportConfig,
+        review_export,
+        "the images where correcting is worth most -> Label Studio, VOC, COCO",
+    ),
+    "review import": (
+        config.ReviewImportConfig,
+        review_import,
+        "corrected masks -> labels for train --labeled",
+    ),
     "shapes": (config.ShapesConfig, shapes, "scenes of the embedded world, VOC layout"),
     "demo": (config.DemoConfig, demo, "the whole pipeline on the embedded world"),
     "doctor": (config.DoctorConfig, doctor, "machine, GPUs, weights, Ray, storage"),
@@ -232,6 +264,8 @@ EXAMPLES = {
     "evaluate": "zsplg evaluate run/ --truth masks/",
     "report": "zsplg report run/ --truth masks/ --compare predicted/ --out report.html",
     "export": "zsplg export run/ --format coco --to coco/",
+    "review export": "zsplg review export --run run/ --to review/ --budget 50 --compare predicted/",
+    "review import": "zsplg review import --masks export.json --run run/ --out corrected/",
     "shapes": "zsplg shapes --n 100 --seed 0 --out scenes/",
     "demo": "zsplg demo --out zsplg_demo/",
     "doctor": "zsplg doctor --sam vit_b",

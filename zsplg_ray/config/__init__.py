@@ -19,6 +19,7 @@ from zsplg_ray.config.label import (
     SamConfig,
 )
 from zsplg_ray.config.report import ReportConfig
+from zsplg_ray.config.review import ReviewExportConfig, ReviewImportConfig, ReviewWeights
 from zsplg_ray.config.shared import ActorsConfig, MlflowConfig, ModelMlflowConfig, RayConfig
 from zsplg_ray.config.tools import DemoConfig, DoctorConfig, ShapesConfig, SubmitConfig
 from zsplg_ray.config.train import (
@@ -64,6 +65,9 @@ __all__ = [
     "RayConfig",
     "RelabelConfig",
     "ReportConfig",
+    "ReviewExportConfig",
+    "ReviewImportConfig",
+    "ReviewWeights",
     "SamConfig",
     "SearchConfig",
     "ShapesConfig",

@@ -251,7 +251,7 @@ def test_without_a_working_directory_nothing_is_relative():
 KNOWN = {
     *("images", "classes", "out", "root", "run", "truth", "labeled", "labeled_masks", "unlabeled"),
     *("zeroshot", "val", "val_masks", "model", "fuse", "labels", "sam.checkpoint", "clip.model"),
-    *("student.init", "mlflow.uri", "compare", "ids", "to"),
+    *("student.init", "mlflow.uri", "compare", "ids", "to", "corrected", "masks", "merged"),
 }
 """Texts that somebody has thought about: places, or names that may be files."""
 

@@ -32,7 +32,7 @@ NO_PLACES = frozenset(
 )
 """Texts that are names or sentences."""
 
-WRITTEN = frozenset({"out", "to", "mlflow.uri"})
+WRITTEN = frozenset({"out", "to", "merged", "mlflow.uri"})
 """Places that are made if they are missing. Others are read, even where they are written too."""
 
 _LIST = re.compile(r"[*?[]")
