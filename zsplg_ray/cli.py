@@ -103,6 +103,7 @@ _AGAIN = "what is finished is kept, the same command goes on from there"
 _AFTER = {
     "tune train": "what is finished is kept, the same command with --resume goes on",
     SUBMIT: "no job was submitted",
+    "estimate": "nothing was written",
 }
 """What an interrupted verb has left, if the interruption does not tell it."""
 

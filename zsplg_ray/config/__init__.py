@@ -9,10 +9,12 @@ under each field.
 A setting that is None means "what suits the chosen model"; `label.presets.resolve` fills it in.
 """
 
+from zsplg_ray.config.estimate import EstimateConfig
 from zsplg_ray.config.label import (
     ClipConfig,
     ComposeConfig,
     LabelConfig,
+    LabellingConfig,
     PromptsConfig,
     RelabelConfig,
     SamConfig,
@@ -48,10 +50,12 @@ __all__ = [
     "ComposeConfig",
     "DemoConfig",
     "DoctorConfig",
+    "EstimateConfig",
     "EvaluateConfig",
     "FusionConfig",
     "FusionRule",
     "LabelConfig",
+    "LabellingConfig",
     "LoopConfig",
     "MlflowConfig",
     "ModelMlflowConfig",
