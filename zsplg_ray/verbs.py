@@ -178,7 +178,8 @@ def demo(given: config.DemoConfig) -> int:
 
 def doctor(given: config.DoctorConfig) -> int:
     """Look at this machine; see config.DoctorConfig."""
-    from zsplg_ray.cluster.doctor import examine, report
+    from zsplg_ray.cluster.doctor.examine import examine
+    from zsplg_ray.cluster.doctor.finding import report
 
     findings = examine(given)
     print(masked(json.dumps(findings) if given.json else report(findings)))

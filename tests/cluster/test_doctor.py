@@ -6,7 +6,7 @@ import re
 import pytest
 
 from zsplg_ray import cli
-from zsplg_ray.cluster.doctor import examine
+from zsplg_ray.cluster.doctor.examine import examine
 from zsplg_ray.config import DoctorConfig
 from zsplg_ray.label.weights import OFFICIAL
 from zsplg_ray.settings import from_mapping

@@ -44,6 +44,8 @@ PLACEHOLDER = "run/"
 """The folder of a run whose folder is not chosen yet."""
 BUSY = 1.25
 """Times longer than its own work that a thread may take before it is told."""
+SHORT_H = 1 / 6
+"""Hours below which what is not counted in is worth telling."""
 _OWN = ("sample", "price", "gpus", "json")
 """Settings that `label` has not, or that mean something else there."""
 
@@ -128,7 +130,8 @@ def _measured(
     with ray_session(config.ray):
         has = look_around(local=False)
         plan, wanted = _planned(config, label, has)
-        one = ray.remote(measure).options(
+        remote: Any = ray.remote
+        one = remote(measure).options(
             num_cpus=plan.cpus,
             num_gpus=plan.gpus,
             resources=dict(plan.resources),
@@ -246,6 +249,8 @@ def _notes(
         yield f"{least} images go through SAM at once: --sample {2 * least} tells the pace better"
     elif sampled < min(10, work.images):
         yield "the sample is small, and so the interval rough: give a larger --sample"
+    if numbers["hours"]["wall"]["mid"] < SHORT_H:
+        yield "the start of Ray and of its processes, some ten to sixty seconds, comes on top"
     if 0 < work.plan.gpus < 1:
         yield "actors that share a GPU are counted as one: what sharing gains was not measured"
     if work.gpus > work.actors * max(work.plan.gpus, 1e-9):

@@ -32,7 +32,7 @@ from zsplg_ray.settings import WorkError
 
 STAGES = ("read_decode", "sam", "clip", "compose_encode")
 """What an image goes through. The first is done by tasks on CPUs, the others by the actor."""
-KINDS: tuple[Kind, ...] = ("segments", "labels")
+KINDS: tuple[Kind, ...] = ("labels", "segments")
 
 
 @dataclass
@@ -141,9 +141,9 @@ class _Run:
         self.size_hw: list[tuple[int, int]] = []
         self.segments: list[int] = []
         self.failed: list[dict[str, str]] = []
-        self.sizes: dict[str, list[int | None]] = {kind: [] for kind in KINDS}
-        """Of the part that an image would be by itself, bytes; None if it has failed."""
-        self.fixed: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self.row_bytes: dict[str, list[float | None]] = {kind: [] for kind in KINDS}
+        self.parts: dict[str, list[tuple[int, float]]] = {kind: [] for kind in KINDS}
+        """Of each part its images, and the bytes that it has beside them."""
         self.bare, self.whole = 0.0, 0.0
         """Bytes of segments without embeddings, and with them."""
 
@@ -155,7 +155,7 @@ class _Run:
         for at, row in enumerate(rows, first):
             self.spent.append({stage: np.zeros(2) for stage in STAGES})
             for kind in KINDS:
-                self.sizes[kind].append(None)
+                self.row_bytes[kind].append(None)
             began = self.clock()
             table = decode_row(dict(row), self.task.config.max_pixels)
             self.spent[at]["read_decode"] += self.clock() - began
@@ -196,7 +196,7 @@ class _Run:
                     raise result
                 rows = self.task.rows(image, result)
                 took = self.clock() - began
-                sizes = {kind: self._size(kind, [rows[kind]]) for kind in KINDS}
+                raw = {kind: self._table(kind, [rows[kind]]).nbytes for kind in KINDS}
             except Exception as e:  # one bad image never stops the rest
                 spent["compose_encode"] += rest + self.clock() - began
                 self._fail(image, "label", f"{type(e).__name__}: {e}")
@@ -205,7 +205,7 @@ class _Run:
             self.segments.append(len(result[0]))
             for kind in KINDS:
                 done[kind].append(rows[kind])
-                self.sizes[kind][at] = sizes[kind]
+                self.row_bytes[kind][at] = raw[kind]  # a weight, until the part is encoded
             self.progress.add(1, 0)
 
     def _label(self, arrays: Sequence[np.ndarray]) -> list[Any]:
@@ -221,50 +221,54 @@ class _Run:
         self.failed.append({"image_id": name, "stage": stage, "error": why})
         self.progress.add(0, 1)
 
-    def _size(self, kind: Kind, rows: list[Row]) -> int:
+    def _table(self, kind: Kind, rows: list[Row]) -> pa.Table:
+        return pa.Table.from_pylist(rows, schema=self.task.schemas[kind])
+
+    def _size(self, table: pa.Table) -> int:
         """Bytes of a part of these rows."""
-        table = pa.Table.from_pylist(rows, schema=self.task.schemas[kind])
         return encode_part(table, self.meta).size
 
     def _weigh(self, done: dict[Kind, list[Row]], first: int) -> None:
         """Encode what a block has made as the parts that it would be.
 
-        Of n images, n parts of one each hold n times what a part has beside its images, and one
-        part of all holds it once: so the difference tells it.
+        Two halves of a part have twice what it has beside its images (the file's frame, the least
+        and greatest of each column), so the difference tells that. The rest belongs to the images,
+        by what they are before they are packed.
         """
         count = len(done["labels"])
         if not count:
             return
         for kind in KINDS:
             began = self.clock()
-            together = self._size(kind, done[kind])
+            table = self._table(kind, done[kind])
+            whole = self._size(table)
             each = (self.clock() - began) / (len(self.spent) - first)
             for spent in self.spent[first:]:
                 spent["compose_encode"] += each
-            if count > 1:
-                apart = sum(size or 0 for size in self.sizes[kind][first:])
-                self.fixed[kind].append((apart - together) / (count - 1))
+            halves = table.slice(0, count // 2), table.slice(count // 2)
+            beside = min(whole, sum(map(self._size, halves)) - whole)
+            self.parts[kind].append((count, beside))
+            sizes = self.row_bytes[kind]
+            share = (whole - beside) / sum(size or 0 for size in sizes[first:])
+            sizes[first:] = [None if size is None else size * share for size in sizes[first:]]
+        self.whole += whole
+        self.bare += self._size(self._without_embeddings(done["segments"]))
+
+    def _without_embeddings(self, rows: list[Row]) -> pa.Table:
         schema = self.task.schemas["segments"]
-        wide: Any = schema.field("segments").type
-        plain = pa.struct([f for f in wide.value_type if f.name != "embedding"])
+        segments: Any = schema.field("segments").type
+        plain = pa.struct([f for f in segments.value_type if f.name != "embedding"])
         at = schema.get_field_index("segments")
-        bare = schema.set(at, pa.field("segments", pa.list_(plain)))
-        sizes = []
-        for like in (bare, schema):
-            table = pa.Table.from_pylist(done["segments"], schema=like)
-            sizes.append(encode_part(table, self.meta).size)
-        self.bare, self.whole = self.bare + sizes[0], self.whole + sizes[1]
+        return pa.Table.from_pylist(
+            rows, schema=schema.set(at, pa.field("segments", pa.list_(plain)))
+        )
 
     def measured(self, **about: Any) -> Measured:
         """All of it."""
-        fixed: dict[str, float] = {}
-        rows: dict[str, list[float | None]] = {}
-        for kind in KINDS:
-            found = self.fixed[kind] or [float(self._size(kind, []))]
-            fixed[kind] = float(np.mean(found))
-            rows[kind] = [
-                None if size is None else max(0.0, size - fixed[kind]) for size in self.sizes[kind]
-            ]
+        beside: dict[str, float] = {}
+        for kind, parts in self.parts.items():
+            images = sum(count for count, _ in parts)
+            beside[kind] = sum(count * size for count, size in parts) / max(images, 1)
         per_stage = {s: np.array([image[s] for image in self.spent]) for s in STAGES}
         return Measured(
             **about,
@@ -273,8 +277,8 @@ class _Run:
             cpu_s={stage: seconds[:, 1].tolist() for stage, seconds in per_stage.items()},
             size_hw=self.size_hw,
             segments=self.segments,
-            row_bytes=rows,
-            part_bytes=fixed,
+            row_bytes=self.row_bytes,
+            part_bytes=beside,
             embedding_share=1 - self.bare / self.whole if self.whole else 0.0,
             failed=self.failed,
         )

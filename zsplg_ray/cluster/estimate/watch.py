@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,8 @@ class Watch:
     def on(self, labeler: Labeler) -> Iterator[None]:
         """While this lasts, what the labeler does is noted."""
         parts = labeler.proposer, labeler.embedder
-        labeler.proposer = _Proposer(labeler.proposer, self)
+        watched: Any = _Proposer(labeler.proposer, self)
+        labeler.proposer = watched
         labeler.embedder = _Embedder(labeler.embedder, self)
         try:
             yield
