@@ -21,8 +21,8 @@ from zsplg_ray.cluster.submit.client import Client, dashboard_address, find_toke
 from zsplg_ray.config import DoctorConfig
 from zsplg_ray.safe_text import masked
 
-CONNECT_S = 20.0
-"""How long a cluster may take to take us in, the start of a process with Ray included."""
+CONNECT_S = 15.0
+"""How long a cluster may take to take us in."""
 ANSWER_S = (3.0, 5.0)
 """Seconds for a dashboard to take a connection, and to answer."""
 

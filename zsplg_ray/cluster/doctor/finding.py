@@ -5,6 +5,7 @@ What enters: texts of any origin. What leaves: findings of one harmless line eac
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from zsplg_ray.safe_text import masked, one_line, shortened
@@ -22,9 +23,9 @@ def finding(state: State, told: str, fix: str = "") -> Finding:
 def met(error: BaseException) -> Finding:
     """An error that a look met; one in the project's form brings its fix with it."""
     text = str(error)
-    told, semicolon, fix = text.rpartition("; ")
-    if isinstance(error, ValueError) and semicolon and " must be " in told:
-        return finding("fail", told, fix)
+    found = re.fullmatch(r"(.+ must be .+?, got .*?); (.+)", text, re.DOTALL)
+    if isinstance(error, ValueError) and found:
+        return finding("fail", *found.groups())
     return finding("fail", f"{type(error).__name__}: {text}", "see the message")
 
 

@@ -11,6 +11,7 @@ import contextlib
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 

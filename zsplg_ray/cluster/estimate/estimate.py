@@ -10,6 +10,7 @@ actor asks for: GPUs are there, not where the command is given.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from zsplg_ray.cluster.label import LabelTask, Load, prepare
 from zsplg_ray.cluster.nodes import Cluster, look_around
 from zsplg_ray.cluster.pipeline import plan_for
 from zsplg_ray.cluster.session import Plan, cluster_address, last_line, ray_session
+from zsplg_ray.cluster.waiting import telling_of_waits
 from zsplg_ray.config import EstimateConfig, LabelConfig
 from zsplg_ray.exactly_once import anti_join, done_ids
 from zsplg_ray.flags import spelled
@@ -86,18 +88,25 @@ def estimate(config: EstimateConfig, *, load: Load = Labeler.load) -> dict[str, 
     if not len(todo):
         return found
     rows = todo.take(spread(len(todo), config.sample)).to_pylist()
-    naming, weights = prepare(resolved, classes)
-    run = describe_run(label, resolved, classes, weights)
-    if folder is not None:
-        refuse_other_run(folder, run)
-    here = absolute_paths(resolved)
-    task = LabelTask(here, naming, load)
-    measured, plan, cluster = _measured(config, task, rows, part_meta(run))
+    local = cluster_address(config.ray) == "local"
+    with contextlib.nullcontext() if local else ray_session(config.ray):
+        has = _this_machine(config) if local else look_around(local=False)
+        plan, cluster = _planned(config, label, has)  # before any download
+        naming, weights = prepare(resolved, classes)
+        run = describe_run(label, resolved, classes, weights)
+        if folder is not None:
+            refuse_other_run(folder, run)
+        task = LabelTask(absolute_paths(resolved), naming, load)
+        about = {"has_gpu": bool(plan.gpus), "threads": plan.threads}
+        if local:
+            measured = measure(task, rows, part_meta(run), show=not config.quiet, **about)
+        else:
+            measured = _elsewhere(plan, task, rows, part_meta(run), **about)
     if len(measured.failed) == len(rows):
         first = measured.failed[0]
         told = f"{first['image_id']}: {first['stage']}: {first['error']}"
         raise WorkError(f"none of {len(rows)} sampled images could be labelled; {told}")
-    return found | _numbers(config, here, measured, plan, cluster, len(todo))
+    return found | _numbers(config, label, measured, plan, cluster, len(todo))
 
 
 def _as_label(config: EstimateConfig) -> LabelConfig:
@@ -107,41 +116,20 @@ def _as_label(config: EstimateConfig) -> LabelConfig:
     return from_mapping(LabelConfig, theirs | {"out": config.out or PLACEHOLDER})
 
 
-def _measured(
-    config: EstimateConfig, task: LabelTask, rows: list[dict[str, Any]], meta: dict[str, Any]
-) -> tuple[Measured, Plan, Cluster]:
-    """The sample, measured here or on the cluster; the actors that there will be, and on what.
-
-    Raises: ValueError if actors do not fit; WorkError if the cluster or the device fails.
-    """
-    label = task.config
-    if cluster_address(config.ray) == "local":
-        has = _this_machine(config)
-        plan, wanted = _planned(config, label, has)
-        measured = measure(
-            task,
-            rows,
-            meta,
-            has_gpu=bool(plan.gpus),
-            threads=plan.threads,
-            show=not config.quiet,
-        )
-        return measured, plan, wanted
-    with ray_session(config.ray):
-        has = look_around(local=False)
-        plan, wanted = _planned(config, label, has)
-        remote: Any = ray.remote
-        one = remote(measure).options(
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus,
-            resources=dict(plan.resources),
-            max_retries=0,
-        )
-        about = {"has_gpu": bool(plan.gpus), "threads": plan.threads, "show": False}
-        try:
-            return ray.get(one.remote(task, rows, meta, **about)), plan, wanted
-        except RayError as e:
-            raise WorkError(last_line(e)) from e
+def _elsewhere(plan: Plan, *given: Any, **more: Any) -> Measured:
+    """`measure` where an actor would stand. Raises: WorkError if cluster or device fail."""
+    remote: Any = ray.remote
+    one = remote(measure).options(
+        num_cpus=plan.cpus,
+        num_gpus=plan.gpus,
+        resources=dict(plan.resources),
+        max_retries=0,
+    )
+    try:
+        with telling_of_waits([plan.need], moved=lambda: None):
+            return ray.get(one.remote(*given, show=False, **more))
+    except RayError as e:
+        raise WorkError(last_line(e)) from e
 
 
 def _planned(config: EstimateConfig, label: LabelConfig, has: Cluster) -> tuple[Plan, Cluster]:

@@ -251,7 +251,8 @@ class _Run:
             sizes = self.row_bytes[kind]
             share = (whole - beside) / sum(size or 0 for size in sizes[first:])
             sizes[first:] = [None if size is None else size * share for size in sizes[first:]]
-        self.whole += whole
+            if kind == "segments":
+                self.whole += whole
         self.bare += self._size(self._without_embeddings(done["segments"]))
 
     def _without_embeddings(self, rows: list[Row]) -> pa.Table:
