@@ -5,6 +5,7 @@ What enters: `sam` and `clip` of the settings. What leaves: findings. Nothing is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -158,8 +159,10 @@ def cache(config: DoctorConfig) -> Finding:
     missing = sam_to_fetch(config.sam)
     needs = [(cache_dir(), (missing[1] or 0) if missing else 0)]
     plain = config.clip.model == "shapes" or config.clip.model.startswith("local-dir:")
-    if not plain and not config.clip.random_weights and clip_file(config.clip) is None:
-        needs.append((Path(constants.HF_HUB_CACHE), CLIP_BYTES))
+    if not plain and not config.clip.random_weights:
+        with contextlib.suppress(ValueError):  # of a model that is none, `clip` tells
+            if clip_file(config.clip) is None:
+                needs.append((Path(constants.HF_HUB_CACHE), CLIP_BYTES))
     told, state, fixes = [], "ok", []
     for folder, need in needs:
         there = next(p for p in (folder, *folder.parents) if p.exists())

@@ -6,8 +6,9 @@ leaves: a mapping of plain numbers; each that is a guess has `mid`, `low` and `h
 The sample is spread evenly over the source, so its mean stands for the source's, whatever the sizes
 of the images: nothing is scaled by megapixels, for that would want the size of every image, and so
 the reading of every file. Where images differ a lot, the interval is wide and says so. It is the
-95 % interval of a bootstrap over the images of the sample (images drawn again with repetition): it
-covers the choice of images, not another machine, a slower store, or neighbours that come and go.
+95 % interval of a bootstrap over the images of the sample (images drawn again with repetition),
+narrower the more of the source was sampled. It covers the choice of images, not another machine,
+a slower store, or neighbours that come and go.
 
 Reading is done by tasks beside the actors, so the slower of the two decides; Ray's own work, some
 hundredths of a second of CPU an image, and the time that storage takes to write are not in it.
@@ -83,7 +84,7 @@ def forecast(measured: Measured, work: Work) -> dict[str, Any]:
         reading (readers, keep_up, cpus_a_gpu), hours (wall, and gpu or cpu), bytes (by kind, total,
         embedding_share), cost, failures.
     """
-    drawn = _Drawn(measured)
+    drawn = _Drawn(measured, work.images)
     rate, reading_rate = _rates(drawn, work)
     pace = np.minimum(rate, reading_rate)
     hours = work.images / pace / 3600 + measured.start_s / 3600
@@ -112,10 +113,13 @@ def guess(drawn: np.ndarray) -> Guess:
 class _Drawn:
     """The sample, and samples drawn from it: weights float64 [1 + DRAWS, images]."""
 
-    def __init__(self, measured: Measured) -> None:
+    def __init__(self, measured: Measured, images: int) -> None:
         count = len(measured.wall_s["sam"])
         drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, DRAWS)
-        self.weights = np.concatenate([np.ones((1, count)), drawn]) / count
+        # Of a source that was sampled wholly, the choice of images leaves no doubt.
+        doubt = np.sqrt(max(0.0, 1 - count / images))
+        weights = np.concatenate([np.ones((1, count)), 1 + doubt * (drawn - 1)])
+        self.weights = weights / count
         self.read_s = np.array(measured.wall_s["read_decode"])
         self.actor_s = _of(measured.wall_s)
         self.cpu_s = _of(measured.cpu_s, STAGES)

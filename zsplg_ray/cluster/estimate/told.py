@@ -100,9 +100,16 @@ def _hours(found: Mapping[str, Any]) -> str:
     hours, pool = found["hours"], found["pool"]
     wall = f"{_span(hours['wall'], _time)} by the clock"
     if "gpu" in hours:
-        return f"{wall}; {_span(hours['gpu'], _short)} GPU-hours ({pool['gpus']:g} GPUs)"
-    work = _short(found["cpu_hours_of_work"]["mid"])
-    return f"{wall}; {_span(hours['cpu'], _short)} core-hours held, {work} of work"
+        return f"{wall}; {_held(hours['gpu'], 'GPU')} ({pool['gpus']:g} GPUs)"
+    work = _held(found["cpu_hours_of_work"], "core")
+    return f"{wall}; {_held(hours['cpu'], 'core')} are held for {work} of work"
+
+
+def _held(hours: Mapping[str, float], what: str) -> str:
+    """`12.3 (11.0 to 13.9) GPU-hours`, or so many seconds."""
+    if hours["mid"] >= 0.1:
+        return f"{_span(hours, _short)} {what}-hours"
+    return f"{_span(hours, lambda x: f'{x * 3600:.0f}')} {what}-seconds"
 
 
 def _failed(found: Mapping[str, Any]) -> list[str]:
