@@ -105,6 +105,7 @@ _AFTER = {
     "export": "nothing was written",
     "review export": "nothing was written",
     SUBMIT: "no job was submitted",
+    "estimate": "nothing was written",
 }
 """What an interrupted verb has left, if the interruption does not tell it."""
 

@@ -91,10 +91,19 @@ def anti_join(manifest: pa.Table, done: set[str]) -> pa.Table:
     return manifest.filter(pa.array(missing, pa.bool_()))
 
 
-def part_ids(folder: RunFolder, kind: Kind, index: PartIndex | None = None) -> dict[str, list[str]]:
+def done_ids(folder: RunFolder, verb: Verb = "label") -> set[str]:
+    """Ids of the images that are done in a run's folder; nothing is mended there."""
+    parts = part_ids(folder, COMMITS[verb], PartIndex.load(folder), mend=False)
+    return {image_id for ids in parts.values() for image_id in ids}
+
+
+def part_ids(
+    folder: RunFolder, kind: Kind, index: PartIndex | None = None, *, mend: bool = True
+) -> dict[str, list[str]]:
     """Part name -> image ids, reading the id column only; unreadable parts are removed.
 
-    Parts that `index` knows are not read; it is told of the others.
+    Parts that `index` knows are not read; it is told of the others. `mend`: whether unreadable
+    parts are removed rather than passed over.
     """
 
     def ids(name: str) -> list[str] | None:
@@ -104,6 +113,8 @@ def part_ids(folder: RunFolder, kind: Kind, index: PartIndex | None = None) -> d
             torn = isinstance(e, pa.ArrowInvalid) or (folder.local and e.errno is None)
             if not torn:
                 raise  # the storage failed, not the file
+            if not mend:
+                return None
             log.warning("%s/%s.parquet is not readable (%s): removed", kind, name, one_line(str(e)))
             folder.delete_part(kind, name)
             return None

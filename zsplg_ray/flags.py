@@ -22,6 +22,7 @@ from zsplg_ray.settings import (
     choices,
     complain,
     flag_names,
+    flatten,
     from_mapping,
     is_positional,
     nearest,
@@ -192,3 +193,43 @@ def _hint(cls: type, dotted: str) -> Any:
     head, _, tail = dotted.partition(".")
     hint = setting_types(cls)[head]
     return _hint(hint, tail) if tail else hint
+
+
+def spelled(config: Section) -> list[str]:
+    """The flags, ready for a shell's argv, that `parse` makes this config from: what is required,
+    and what is not as by default. Shorter names are used where there are any.
+    """
+    cls = type(config)
+    plain = flatten(from_mapping(cls, dict.fromkeys(required(cls), "x")))
+    names: dict[str, str] = {}
+    for flag, dotted in flag_names(cls).items():
+        if not _is_no(flag, dotted):
+            names[dotted] = flag  # an alias stands behind the whole name
+    words: list[str] = []
+    for dotted, value in flatten(config).items():
+        if dotted in required(cls) or value != plain[dotted]:
+            flag = names.get(dotted)
+            words += _spelled(flag, dotted, value) if flag else [str(value)]  # told by its place
+    return words
+
+
+def _is_no(flag: str, dotted: str) -> bool:
+    return flag.rpartition(".")[2].removeprefix("--") == f"no-{_dashed(dotted.rpartition('.')[2])}"
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _spelled(flag: str, dotted: str, value: Any) -> list[str]:
+    """One setting as words of a command line."""
+    if isinstance(value, bool):
+        head, _, tail = dotted.rpartition(".")
+        off = f"--{_dashed(head)}.no-{_dashed(tail)}" if head else f"--no-{_dashed(tail)}"
+        return [flag if value else off]
+    if isinstance(value, dict):
+        return [flag, *(str(word) for pair in value.items() for word in pair)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    text = str(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

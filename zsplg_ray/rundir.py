@@ -61,6 +61,19 @@ def part_name(image_ids: Iterable[str]) -> str:
     return f"part-{digest.hexdigest()[:20]}"
 
 
+def encode_part(table: pa.Table, meta: Mapping[str, Any]) -> pa.Buffer:
+    """The bytes of a part; `meta` (fingerprints, class list) goes into its schema metadata."""
+    text = json.dumps(meta, ensure_ascii=False).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table.replace_schema_metadata({META: text}),
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+    )
+    return sink.getvalue()
+
+
 class Guard(Protocol):
     """What stands before a folder that several runs may want."""
 
@@ -195,15 +208,7 @@ class RunFolder:
 
         Returns the file's bytes.
         """
-        text = json.dumps(meta, ensure_ascii=False).encode()
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata({META: text}),
-            sink,
-            compression="zstd",
-            use_dictionary=False,
-        )
-        data = sink.getvalue()
+        data = encode_part(table, meta)
         self.write_bytes(f"{kind}/{name}.parquet", data)
         return data.size
 

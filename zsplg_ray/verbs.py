@@ -35,6 +35,16 @@ def label(given: config.LabelConfig) -> int:
     return 0
 
 
+def estimate(given: config.EstimateConfig) -> int:
+    """Tell what `label` will take; see config.EstimateConfig."""
+    from zsplg_ray.cluster.estimate.estimate import estimate as run_estimate
+    from zsplg_ray.cluster.estimate.told import told
+
+    found = run_estimate(given)
+    print(json.dumps(found) if given.json else masked(told(found)))
+    return 0
+
+
 def relabel(given: config.RelabelConfig) -> int:
     """Compose labels again from segments; see config.RelabelConfig."""
     from zsplg_ray.cluster.relabel import relabel as run_relabel
@@ -215,7 +225,8 @@ def demo(given: config.DemoConfig) -> int:
 
 def doctor(given: config.DoctorConfig) -> int:
     """Look at this machine; see config.DoctorConfig."""
-    from zsplg_ray.cluster.doctor import examine, report
+    from zsplg_ray.cluster.doctor.examine import examine
+    from zsplg_ray.cluster.doctor.finding import report
 
     findings = examine(given)
     print(masked(json.dumps(findings) if given.json else report(findings)))
@@ -225,6 +236,7 @@ def doctor(given: config.DoctorConfig) -> int:
 SUBMIT = "submit"
 VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
     "label": (config.LabelConfig, label, "images -> segments/ and labels/"),
+    "estimate": (config.EstimateConfig, estimate, "hours, storage, money that label will take"),
     "relabel": (config.RelabelConfig, relabel, "segments/ -> labels/ again, no SAM, no GPU"),
     "tune labels": (config.TuneLabelsConfig, tune_labels, "a few masks -> thresholds for labels"),
     "train": (config.TrainConfig, train, "few labelled, many unlabelled images -> a model"),
@@ -255,6 +267,7 @@ VERBS: dict[str, tuple[type[Section], Callable[..., int], str]] = {
 
 EXAMPLES = {
     "label": "zsplg label --images photos/ --classes 'dog,cat' --out run/ --sam vit_b",
+    "estimate": "zsplg estimate --images photos/ --classes 'dog,cat' --sam vit_b --price 2",
     "relabel": "zsplg relabel --run run/ --compose.min-similarity 0.25",
     "tune labels": "zsplg tune labels --run run/ --truth masks/ --trials 1000",
     "train": "zsplg train --labeled VOC2012/ --unlabeled photos/ --zeroshot run/ --out model/",

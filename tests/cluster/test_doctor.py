@@ -6,7 +6,7 @@ import re
 import pytest
 
 from zsplg_ray import cli
-from zsplg_ray.cluster.doctor import examine
+from zsplg_ray.cluster.doctor.examine import examine
 from zsplg_ray.config import DoctorConfig
 from zsplg_ray.label.weights import OFFICIAL
 from zsplg_ray.settings import from_mapping
@@ -33,7 +33,7 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path, monkeypatch):
     monkeypatch.setenv("ZSPLG_CACHE", str(tmp_path))
     found = looked(sam="vit_b", clip="ViT-B-61/openai", out=str(tmp_path))
     assert found["sam"]["state"] == "warn" and OFFICIAL["vit_b"].url in found["sam"]["fix"]
-    assert found["clip"]["state"] == "fail" and "ViT-B-16" in found["clip"]["told"]
+    assert found["clip"]["state"] == "fail" and "ViT-B-16" in found["clip"]["fix"]
     (tmp_path / OFFICIAL["vit_b"].name).write_bytes(b"half a download")
     assert looked(sam="vit_b", clip="shapes")["sam"]["state"] == "fail"
     gone = looked(**{"sam.checkpoint": str(tmp_path / "no.pth"), "clip.model": "shapes"})

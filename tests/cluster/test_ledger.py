@@ -122,14 +122,14 @@ class Killed(BaseException):
 
 def read_all(block, ledger, killers, monkeypatch):
     """Decode a block as Ray would: again and again, until no process dies; deaths, errors."""
-    decoded = decode._decoded
+    decoded = decode.decode_row
 
     def dying(row, max_px):
         if row["image_id"] in killers:
             raise Killed
         return decoded(row, max_px)
 
-    monkeypatch.setattr(decode, "_decoded", dying)
+    monkeypatch.setattr(decode, "decode_row", dying)
     for deaths in range(20):
         try:
             tables = list(decode.decode_block(block, 100, ledger))

@@ -48,15 +48,23 @@ def decode_block(block: pa.Table, max_px: int, ledger: Ledger) -> Iterator[pa.Ta
             yield _table(row, stage="decode", error=error)
         elif times:  # a suspect, noted by itself
             ledger.begin("decode", [image_id])
-            table = _decoded(row, max_px)
+            table = decode_row(row, max_px)
             ledger.finish("decode", [image_id])  # before the wait for somebody to take it
             yield table
         else:
-            yield _decoded(row, max_px)
+            yield decode_row(row, max_px)
     ledger.finish("decode", [image_id for image_id, times in deaths.items() if not times])
 
 
-def _decoded(row: dict[str, Any], max_px: int) -> pa.Table:
+def decode_row(row: dict[str, Any], max_px: int) -> pa.Table:
+    """Read and decode one image of the manifest: one row of `DECODED`, whatever is wrong with it.
+
+    Args:
+        row: With image_id and uri.
+        max_px: Most pixels of an image.
+
+    Raises: StoreError if the store lets nobody in any more.
+    """
     try:
         data = read_bytes(row["uri"])
     except Exception as e:  # every file system has errors of its own

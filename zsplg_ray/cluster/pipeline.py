@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 from zsplg_ray.cluster.actor import ImageActor, Job, Task, unseen
 from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
-from zsplg_ray.cluster.nodes import look_around
+from zsplg_ray.cluster.nodes import Cluster, look_around
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import (
     Plan,
@@ -127,7 +127,7 @@ def _work(
     try:
         if len(todo):
             with ray_session(job.config.ray):
-                plan = _plan(job.config)
+                plan = plan_for(job.config, _cluster(job.config))
                 job.folder.write_run(run)
                 tracker.start(run, numbers)
                 if before.failed:
@@ -149,12 +149,17 @@ def _work(
             _settle(job, todo, run, progress, tracker, before)
 
 
-def _plan(config: LabelConfig | PredictConfig) -> Plan:
-    """Actors that fit the cluster we are connected to. Raises: ValueError if none do."""
+def _cluster(config: LabelConfig | PredictConfig) -> Cluster:
+    """The cluster we are connected to."""
+    return look_around(local=cluster_address(config.ray) == "local")
+
+
+def plan_for(config: LabelConfig | PredictConfig, cluster: Cluster) -> Plan:
+    """Actors that fit a cluster. Raises: ValueError if none do."""
     actors = config.actors
     if config.device == "cpu" and actors.gpus is None:
         actors = override(actors, {"gpus": 0.0})
-    plan = plan_actors(actors, look_around(local=cluster_address(config.ray) == "local"))
+    plan = plan_actors(actors, cluster)
     if config.device == "cuda" and not plan.gpus:
         fix = "set --actors.gpus, or --device cpu"
         raise ValueError(complain("device", "cpu where actors get no GPU", "cuda", fix))

@@ -9,11 +9,13 @@ under each field.
 A setting that is None means "what suits the chosen model"; `label.presets.resolve` fills it in.
 """
 
+from zsplg_ray.config.estimate import EstimateConfig
 from zsplg_ray.config.export import ExportConfig
 from zsplg_ray.config.label import (
     ClipConfig,
     ComposeConfig,
     LabelConfig,
+    LabellingConfig,
     PromptsConfig,
     RelabelConfig,
     SamConfig,
@@ -51,11 +53,13 @@ __all__ = [
     "ComposeConfig",
     "DemoConfig",
     "DoctorConfig",
+    "EstimateConfig",
     "EvaluateConfig",
     "ExportConfig",
     "FusionConfig",
     "FusionRule",
     "LabelConfig",
+    "LabellingConfig",
     "LoopConfig",
     "MlflowConfig",
     "ModelMlflowConfig",

@@ -154,17 +154,16 @@ class ComposeConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelConfig(Section):
-    """Images and class names in, segments and zero-shot pseudo labels out. The same command again
-    does only what is missing."""
+class LabellingConfig(Section):
+    """What `label` is told; `out` may be left open, for what only looks ahead."""
 
     images: str
     """SRC: folder, glob, VOC root, split file, COCO json, Parquet, or s3:// gs:// of these."""
     classes: str
     """SPEC: voc, coco, cityscapes, ade20k, shapes, a text file (`name: alias, alias` a line), or
     `cat,dog`. Background is always class 0."""
-    out: str
-    """The run's folder (made if missing), a path or URI."""
+    out: str | None = None
+    """The run's folder, a path or URI. None: not chosen yet."""
     root: str | None = None
     """Folder that the paths of a split file or COCO json start from."""
     max_pixels: Annotated[int, Range(1, 500_000_000)] = 200_000_000
@@ -184,6 +183,15 @@ class LabelConfig(Section):
     actors: ActorsConfig = field(default_factory=ActorsConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig(LabellingConfig):
+    """Images and class names in, segments and zero-shot pseudo labels out. The same command again
+    does only what is missing."""
+
+    out: str = field()
+    """The run's folder (made if missing), a path or URI."""
 
 
 @dataclass(frozen=True, kw_only=True)

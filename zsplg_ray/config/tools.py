@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from zsplg_ray.config.label import ClipConfig, SamConfig
-from zsplg_ray.config.shared import RayConfig
+from zsplg_ray.config.shared import MlflowConfig, RayConfig
 from zsplg_ray.settings import Range, Section
 
 
@@ -40,11 +40,16 @@ class DemoConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig(Section):
     """What this machine can do, and what to mend: a line each for packages, GPUs, weights, Ray,
-    storage. Exit 1 if something that `label` needs is missing."""
+    storage, MLflow and more. Nothing is downloaded or left behind. Exit 1 if something that `label`
+    needs is missing."""
 
     sam: SamConfig = field(default_factory=SamConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
+    address: str | None = None
+    """The dashboard that `submit` would use, such as http://head:8265. None:
+    RAY_API_SERVER_ADDRESS if it is set, else http://127.0.0.1:8265."""
     out: str = "."
     """Folder or URI whose storage is tried."""
     json: bool = False

@@ -153,14 +153,18 @@ def sam_checkpoint(config: SamConfig) -> Path | None:
         target = cache_dir() / official.name
         return fetch(official.url, target, official.sha256, official.size)
     if "://" in config.checkpoint:
-        name = hashlib.sha256(config.checkpoint.encode()).hexdigest()[:16]
-        suffix = Path(config.checkpoint.partition("?")[0]).suffix
-        return fetch(config.checkpoint, cache_dir() / f"{name}{suffix}", None)
+        return fetch(config.checkpoint, kept_at(config.checkpoint), None)
     path = Path(config.checkpoint).expanduser()
     if not path.is_file():
         fix = "give the path of SAM's .pth file, or leave it out to download the official one"
         raise ValueError(complain("sam.checkpoint", "a file", config.checkpoint, fix))
     return path
+
+
+def kept_at(uri: str) -> Path:
+    """Where a checkpoint from an address is kept on this machine."""
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return cache_dir() / f"{name}{Path(uri.partition('?')[0]).suffix}"
 
 
 def sam_sha256(config: SamConfig) -> str:

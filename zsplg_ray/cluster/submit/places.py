@@ -25,7 +25,7 @@ from zsplg_ray.vocab import SPECS
 
 NO_PLACES = frozenset(
     {
-        *("backbone", "student.backbone", "search.over", "ray.address"),
+        *("backbone", "student.backbone", "search.over", "ray.address", "address"),
         *("prompts.templates", "prompts.background", "image_prefix"),
         *("mlflow.experiment", "mlflow.run_name", "mlflow.register", "mlflow.alias"),
     }

@@ -1,0 +1,1 @@
+"""What a run of `label` will take, before it starts."""
