@@ -31,7 +31,7 @@ def label(given: config.LabelConfig) -> int:
     from zsplg_ray.cluster.label import label as run_label
 
     run = run_label(given)
-    _tell(run, given.out, given.json)
+    _tell(run, given.out, given.json, "label")
     return 0
 
 
@@ -39,35 +39,30 @@ def relabel(given: config.RelabelConfig) -> int:
     """Compose labels again from segments; see config.RelabelConfig."""
     from zsplg_ray.cluster.relabel import relabel as run_relabel
 
-    _tell(run_relabel(given), given.run, given.json)
+    _tell(run_relabel(given), given.run, given.json, "relabel")
     return 0
 
 
-def _tell(run: Mapping[str, Any], folder: str, as_json: bool) -> None:
+def _tell(run: Mapping[str, Any], folder: str, as_json: bool, verb: str) -> None:
     """What a run did, and the picture of its first images."""
     from zsplg_ray.rundir import RunFolder
     from zsplg_ray.views.pictures import write_preview
+    from zsplg_ray.views.summaries import of_labels
 
     preview = write_preview(RunFolder(folder))
     if as_json:
         print(json.dumps(run))
         return
-    folder = masked(folder)
-    counts = run["counts"]
-    print(f"{counts['labelled']} images labelled in {folder}")
-    if counts["quarantined"]:
-        print(f"{counts['quarantined']} could not be done, see {folder}/errors")
-    if preview:
-        print(f"first images and their labels: {folder}/{preview}")
+    print(of_labels(run, folder, preview, verb))
 
 
 def train(given: config.TrainConfig) -> int:
     """Train a model; see config.TrainConfig."""
-    from zsplg_ray.cluster.train import summary
     from zsplg_ray.cluster.train import train as run_train
+    from zsplg_ray.views.summaries import of_training
 
     run = run_train(given)
-    print(json.dumps(run) if given.json else masked(summary(run, given.out)))
+    print(json.dumps(run) if given.json else of_training(run, given))
     return 0
 
 
@@ -93,7 +88,7 @@ def predict(given: config.PredictConfig) -> int:
     """Label images with a trained model; see config.PredictConfig."""
     from zsplg_ray.cluster.predict import predict as run_predict
 
-    _tell(run_predict(given), given.out, given.json)
+    _tell(run_predict(given), given.out, given.json, "predict")
     return 0
 
 
@@ -152,9 +147,10 @@ def _leave_or_stop(made: Job, follower: Follower, *, ask: bool) -> int:
 def shapes(given: config.ShapesConfig) -> int:
     """Write scenes of the embedded world; see config.ShapesConfig."""
     from zsplg_ray.shapes.scenes import write_voc
+    from zsplg_ray.views.summaries import of_scenes
 
     write_voc(given.out, given.n, given.seed)
-    print(given.out)
+    print(of_scenes(given))
     return 0
 
 

@@ -18,6 +18,7 @@ from zsplg_ray.cluster.actor import Row
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import labels_row, relabel_part, segments_row
 from zsplg_ray.cluster.pipeline import run_images
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.clip import ClipEncoder
 from zsplg_ray.label.compose import minimum_scores
@@ -56,18 +57,26 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; what is finished is kept.
     """
+    with Progress("label", show=not config.quiet) as progress:
+        return _label(config, load, progress)
+
+
+def _label(config: LabelConfig, load: Load, progress: Progress) -> dict[str, Any]:
+    """`label`, under way."""
     folder = RunFolder(config.out)
     classes = class_list(config.classes)
+    progress.waits("listing the images")
     manifest = list_images(config.images, root=config.root)
     resolved = resolve_label(config)
     minimum_scores(resolved.compose, classes)  # says so if a threshold names no class
     refuse_other_run(folder, describe_run(config, resolved, classes, {}))  # before any download
+    progress.waits("reading the models' weights")
     naming, weights = prepare(resolved, classes)
     run = describe_run(config, resolved, classes, weights)
     refuse_other_run(folder, run)
     with only_run(folder):
         here = absolute_paths(resolved)
-        run_images(here, LabelTask(here, naming, load), folder, manifest, run)
+        run_images(here, LabelTask(here, naming, load), folder, manifest, run, progress)
     return run
 
 

@@ -5,7 +5,7 @@ train.json says.
 
     driver: checks everything, then starts Ray Train and watches
       worker x N: student.loop.fit -> checkpoints        controller: train.json, best.pt, last.pt
-    driver's thread: train.json -> lines on stderr, MLflow
+    driver's threads: train.json -> progress on stderr, MLflow
 
 The same command again goes on from the last checkpoint, whoever was killed: a worker (Ray starts it
 again), the driver, or all. No line here differs between laptop and cluster.
@@ -41,6 +41,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.nodes import look_around
+from zsplg_ray.cluster.notes import Notes, listening
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.train import Tracker, send_finished
@@ -59,7 +60,7 @@ from zsplg_ray.cluster.trainrun import (
     write_training,
 )
 from zsplg_ray.cluster.waiting import telling_of_waits
-from zsplg_ray.cluster.watch import Watcher, duration
+from zsplg_ray.cluster.watch import Training, Watcher
 from zsplg_ray.cluster.worker import Job, Keeper, Stopped, work
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
@@ -74,6 +75,8 @@ from zsplg_ray.student.state import Schedule, first_learning_rate, images_a_step
 log = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 2
+STEP_S = 600.0
+"""A worker that has said nothing for so long counts as gone, in what is shown."""
 
 
 def train(
@@ -97,7 +100,19 @@ def train(
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; the last checkpoint is kept.
     """
+    with Training(show=not config.quiet) as progress:
+        return _train(config, tags, callbacks, progress)
+
+
+def _train(
+    config: TrainConfig,
+    tags: Mapping[str, str] | None,
+    callbacks: Sequence[UserCallback],
+    progress: Training,
+) -> dict[str, Any]:
+    """`train`, under way."""
     folder = RunFolder(config.out)
+    progress.waits("listing the images")
     data = TrainingData.open(config)
     schedule = Schedule.of(config, len(data.labelled), len(data.unlabelled))
     run = describe(config, data, schedule, {})
@@ -106,6 +121,7 @@ def train(
         log.info("%s is finished: nothing to do", folder.uri)
         send_finished(config.mlflow, folder, old, tags)
         return old
+    progress.waits("building the model")
     run = describe(config, data, schedule, check_model(with_weights(config), len(data.classes)))
     refuse_other_training(folder, run)
     with only_run(folder):
@@ -113,22 +129,8 @@ def train(
         start = start_of(folder, run)
         tracker = Tracker.of(config.mlflow, folder, run, tags)
         job = Job(anywhere(config), data, schedule, folder, run["attempt"], start)
-        _work(job, run, tracker, callbacks)
+        _work(job, run, Watcher(folder, tracker, progress), callbacks)
     return run
-
-
-def summary(run: Mapping[str, Any], out: str) -> str:
-    """What a person wants to know of a run."""
-    last, best = run["last"], run["best"]
-    told = f"{last['epoch']} epochs in {duration(run['seconds'])}"
-    if best["val_miou"] is not None:
-        told += f"; val mIoU {best['val_miou']:.4f} at epoch {best['epoch']}, the best, "
-        if last["val_miou"] is not None:
-            told += f"and {last['val_miou']:.4f} at the end"
-    lines = [told, f"model: {out}/best.pt"]
-    if run["preview"]:
-        lines.append(f"pictures: {out}/{run['preview']}")
-    return "\n".join(lines)
 
 
 def anywhere(config: TrainConfig) -> TrainConfig:
@@ -198,20 +200,24 @@ def _continued(run: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any
 
 
 def _work(
-    job: Job, run: dict[str, Any], tracker: Tracker, callbacks: Sequence[UserCallback]
+    job: Job, run: dict[str, Any], watcher: Watcher, callbacks: Sequence[UserCallback]
 ) -> None:
     """Train, and keep train.json true, however this ends."""
     folder = job.folder
-    watcher = Watcher(folder, tracker, show=not job.config.quiet)
+    progress = watcher.progress
     began = time.monotonic()
     state = "failed"
     try:
+        progress.waits("starting Ray")
         with ray_session(job.config.ray):
             crew = _crew(job.config)
             check_batches(job.config, crew)
             _begin(job, run, crew, watcher)
             if not is_finished(run):
-                _fit(replace(job, gpus=crew.gpus, threads=crew.threads), crew, callbacks)
+                progress.waits("starting workers")
+                with _noting(progress) as notes:
+                    here = replace(job, gpus=crew.gpus, threads=crew.threads, notes=notes)
+                    _fit(here, crew, callbacks)
         state = "complete"
     except Stopped:
         state = "stopped"
@@ -219,8 +225,24 @@ def _work(
         state = "interrupted"
         raise
     finally:
+        progress.waits("writing down what was done")
         if _ours(folder, run):
             _settle(job, run, state, time.monotonic() - began, watcher)
+
+
+@contextlib.contextmanager
+def _noting(progress: Training) -> Iterator[Notes | None]:
+    """Where workers say how far they are, if anybody looks; steps may take their time."""
+    if not progress.show:
+        yield None
+        return
+    notes = Notes.start()
+    try:
+        with listening(notes, progress.hear, STEP_S):
+            yield notes
+    finally:
+        with contextlib.suppress(RayError):
+            notes.close()
 
 
 def _crew(config: TrainConfig) -> Crew:

@@ -1,21 +1,23 @@
-"""What is told while training runs: a line a validation on stderr, and MLflow.
+"""What is told while training runs: how far it is, on stderr, and every validation to MLflow.
 
-What enters: train.json, which grows on its own (trainrun.py), read once a second. What leaves:
-lines, and calls of a `Tracker`. All of it happens on a thread of the driver: whatever hangs here,
-training goes on.
+What enters: train.json, which grows on its own (trainrun.py), read once a second; and what the
+workers say between two validations (notes.py). What leaves: a view for the display, and calls of a
+`Tracker`. All of it happens on threads of the driver: whatever hangs here, training goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from zsplg_ray.cluster.progress import Shown
 from zsplg_ray.cluster.track.train import Tracker
 from zsplg_ray.cluster.trainrun import read_training
+from zsplg_ray.display import View
 from zsplg_ray.rundir import RunFolder
 
 log = logging.getLogger(__name__)
@@ -24,21 +26,114 @@ PATIENCE_S = 60.0
 """How long the end of a run waits at most for a tracker that hangs."""
 
 
+class Training(Shown):
+    """How far a training is.
+
+    Args:
+        show: Whether anything is shown.
+        clock: Seconds; `time.monotonic`, but for tests.
+    """
+
+    def __init__(self, show: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("train", show, clock)
+        self.schedule: Mapping[str, int] | None = None
+        self.entry: Mapping[str, Any] = {}
+        """The last validation, of the history."""
+        self.best: Mapping[str, Any] | None = None
+        self.workers = (0, 0)
+        """Those that are up, of how many."""
+        self._step = 0
+        self._loss: float | None = None
+        self._judging = False
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """What train.json says at the start."""
+        with self.lock:
+            self.schedule = run["schedule"]
+            self.workers = (0, run["workers"]["num"])
+            self.validated(run)
+
+    def validated(self, run: Mapping[str, Any]) -> None:
+        """What train.json says now."""
+        with self.lock:
+            self.best = run["best"]
+            if run["history"]:
+                self.entry = run["history"][-1]
+                self._at(self.entry["step"])
+
+    def hear(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
+        """What workers say, by rank: `step`; the first one also `loss` and `judging`."""
+        if not notes:
+            return
+        with self.lock:
+            self.workers = (len(notes), max(len(notes), self.workers[1]))
+            lead = notes.get("0")
+            if lead is None or "step" not in lead:
+                return
+            self.waits(None)
+            self.pace.start(done=lead["step"])
+            self._loss, self._judging = lead.get("loss", self._loss), lead["judging"]
+            self._at(lead["step"])
+
+    def _at(self, step: int) -> None:
+        self._step = step
+        if self.pace.began is not None:
+            self.pace.seen(step)
+
+    def view(self) -> View:
+        """How things are."""
+        with self.lock:
+            elapsed_s = self.clock() - self.began
+            if self.schedule is None:
+                return View(self.verb, elapsed_s, self.waiting)
+            steps, a_step = self.schedule["steps"], self.schedule["images_per_step"]
+            left = None if self.over else self.pace.left_s(steps - self._step)
+            waits = "validating" if self._judging and self.waiting is None else self.waiting
+            waits = None if self.over else waits
+            facts = self._facts()
+            if (rate := self.pace.rate()) and not self.over:
+                facts += [f"{rate:.2f} steps/s", f"{rate * a_step:.1f} images/s"]
+            up, of = self.workers
+            if of > 1:
+                facts.append(f"{up}/{of} workers up")
+            return View(self.verb, elapsed_s, waits, self._step, steps, "steps", tuple(facts), left)
+
+    def _facts(self) -> list[str]:
+        assert self.schedule is not None
+        epoch = self._step // max(1, self.schedule["steps_per_epoch"])
+        under_way = epoch + (self._step < self.schedule["steps"] and not self.over)
+        told = [f"epoch {min(under_way, self.schedule['epochs'])}/{self.schedule['epochs']}"]
+        loss = self.entry.get("loss") if self._loss is None or self.over else self._loss
+        if loss is not None:
+            told.append(f"loss {loss:.4f}")
+        if (miou := self.entry.get("val_miou")) is not None:
+            told.append(f"val mIoU {miou:.4f}")
+            if self.best is not None and self.best["step"] == self.entry["step"]:
+                told[-1] += " (the best)"
+            elif self.best is not None and self.best["val_miou"] is not None:
+                told[-1] += f" (best {self.best['val_miou']:.4f} at epoch {self.best['epoch']})"
+        for name, what in (
+            ("unreadable_images", "images"),
+            ("val_unreadable_images", "validation images"),
+        ):
+            if self.entry.get(name):
+                told.append(f"{self.entry[name]:.0f} {what} not readable")
+        return told
+
+
 class Watcher:
     """Follows a run from its start to its end.
 
     Args:
         folder: The run's.
         tracker: Told of every validation.
-        show: Whether anything is printed.
+        progress: Told too.
     """
 
-    def __init__(self, folder: RunFolder, tracker: Tracker, show: bool) -> None:
-        self.folder, self.tracker, self.show = folder, tracker, show
+    def __init__(self, folder: RunFolder, tracker: Tracker, progress: Training) -> None:
+        self.folder, self.tracker, self.progress = folder, tracker, progress
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._told = -1
-        self._last: tuple[float, int] | None = None
         self._failures = 0
 
     def start(self, run: Mapping[str, Any]) -> None:
@@ -46,8 +141,7 @@ class Watcher:
 
         `run`: what it is now; its history has been told before.
         """
-        if run["last"] is not None:
-            self._told = run["last"]["step"]
+        self.progress.begin(run)
         self._failures = len(run["failures"])
         self._thread = threading.Thread(target=self._follow, args=(dict(run),), daemon=True)
         self._thread.start()
@@ -75,60 +169,8 @@ class Watcher:
                     self.tracker.sync(found)
 
     def _tell(self, run: Mapping[str, Any]) -> None:
-        for entry in run["history"]:
-            if entry["step"] <= self._told:
-                continue
-            self._told = entry["step"]
-            best = run["best"] is not None and run["best"]["step"] == entry["step"]
-            text = line(entry, run["schedule"], best, self._last)
-            self._last = (entry["time"], entry["step"])
-            if self.show:
-                sys.stderr.write(text + "\n")
-                sys.stderr.flush()
+        self.progress.validated(run)
         for note in run["failures"][self._failures :]:
             told = "worker %d died (%s): going on after epoch %d"
             log.warning(told, note["worker"], note["error"], note["epoch"])
         self._failures = len(run["failures"])
-
-
-def line(
-    entry: Mapping[str, Any],
-    schedule: Mapping[str, int],
-    best: bool,
-    before: tuple[float, int] | None,
-) -> str:
-    """What a person sees of a validation.
-
-    Args:
-        entry: Of the history.
-        schedule: Steps and epochs of the run.
-        best: Whether it is the best so far.
-        before: Time and step of the entry before; None for the first, whose speed is taken then.
-    """
-    parts = [f"epoch {entry['epoch']}/{schedule['epochs']}", f"loss {entry['loss']:.4f}"]
-    if entry.get("val_miou") is not None:
-        parts.append(f"val mIoU {entry['val_miou']:.4f}{' (best)' if best else ''}")
-    for name in ("confident", "agreement"):
-        if name in entry:
-            parts.append(f"{name} {entry[name]:.0%}")
-    parts.append(f"{entry['images_per_s']:.1f} images/s")
-    if entry.get("unreadable_images"):
-        parts.append(f"{entry['unreadable_images']:.0f} images not readable")
-    if entry.get("val_unreadable_images"):
-        parts.append(f"{entry['val_unreadable_images']:.0f} validation images not readable")
-    left = schedule["steps"] - entry["step"]
-    if left:
-        each = schedule["images_per_step"] / entry["images_per_s"]
-        if before is not None:
-            each = (entry["time"] - before[0]) / (entry["step"] - before[1])
-        parts.append(f"{duration(max(each * left, 0.0))} left")
-    return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """3 h 20 min, 5 min 10 s, 40 s."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {s:02} s" if minutes else f"{s} s"
