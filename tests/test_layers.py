@@ -23,11 +23,19 @@ PLAIN = (
     "part_index",
     *("sources", "images", "coco", "masks", "metrics", "signals"),
     *("safe_text", "safe_yaml", "parquet_texts", "part_check"),
+    *("summary", "display", "pace"),
 )
 """Modules of the lowest layer."""
 MEASURES = "zsplg_ray.label.stages"
 """Part of a benchmark, not of the product: it may look at the scenes of the embedded world."""
-NO_TORCH = (*PLAIN, "label.segments", "label.compose", "label.textbank", "views.pictures")
+NO_TORCH = (
+    *PLAIN,
+    "label.segments",
+    "label.compose",
+    "label.textbank",
+    "views.pictures",
+    "views.summaries",
+)
 
 
 def imports(module: str) -> Iterator[str]:

@@ -223,7 +223,9 @@ class Display:
     def _last(self, well: bool) -> None:
         """The last line. After good work in a terminal the summary says all that it would."""
         view = self.look()
-        if not view.total or (self._live is not None and well and _is_terminal(sys.stdout)):
+        if not view.total:
+            return
+        if self._live is not None and (not view.done or (well and _is_terminal(sys.stdout))):
             return
         self._write(plain_line(view))
 

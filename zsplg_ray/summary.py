@@ -7,14 +7,14 @@ verbs. Paths in commands are quoted, so a line can be copied as it is.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from zsplg_ray.safe_text import masked, one_line, shortened
 from zsplg_ray.storage import Place, is_address
 
 Next = tuple[str, str]
-"""A command, and what it is good for."""
+"""What a command is good for, in a word or two, and the command."""
 
 
 def told(
@@ -28,14 +28,14 @@ def told(
         then: Commands that may come next, the likeliest first.
     """
     lines = [one_line(masked(shortened(line))) for line in done]
-    there = {what: one_line(masked(where)) for what, where in (places or {}).items() if where}
-    width = max(map(len, there), default=0)
-    lines += [f"  {what:<{width}}  {where}" for what, where in there.items()]
-    commands = [(one_line(masked(line)), why) for line, why in then]
-    if commands:
-        lines.append("next:")
-        lines += [f"  {line}  # {why}" for line, why in commands]
-    return "\n".join(lines)
+    lines += _columns([(what, where) for what, where in (places or {}).items() if where])
+    commands = _columns(list(then))
+    return "\n".join([*lines, "next", *commands] if commands else lines)
+
+
+def _columns(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    width = max((len(what) for what, _ in pairs), default=0)
+    return [f"  {what:<{width}}  {one_line(masked(text))}" for what, text in pairs]
 
 
 def command(*words: str) -> str:

@@ -43,12 +43,15 @@ Load = Callable[[LabelConfig, Naming, str], LabelsImages]
 """What an actor loads: (resolved config, naming, device) -> something that labels."""
 
 
-def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
+def label(
+    config: LabelConfig, *, load: Load = Labeler.load, progress: Progress | None = None
+) -> dict[str, Any]:
     """Label every image of the source that is not labelled yet.
 
     Args:
         config: As the user gave it.
         load: What each actor loads; the default is SAM and CLIP as `config` names them.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of run.json.
@@ -57,7 +60,7 @@ def label(config: LabelConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; what is finished is kept.
     """
-    with Progress("label", show=not config.quiet) as progress:
+    with progress or Progress("label", show=not config.quiet) as progress:
         return _label(config, load, progress)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger(__name__)
@@ -167,3 +168,20 @@ def listening(
     finally:
         over.set()
         thread.join(WAIT_S)
+
+
+@contextlib.contextmanager
+def noting(
+    hear: Callable[[dict[str, Note]], object], gone_s: float, show: bool
+) -> Iterator[Notes | None]:
+    """A book that is listened to meanwhile; None if nobody wants to know (`show`)."""
+    if not show:
+        yield None
+        return
+    book = Notes.start()
+    try:
+        with listening(book, hear, gone_s):
+            yield book
+    finally:
+        with contextlib.suppress(RayError):
+            book.close()

@@ -53,12 +53,15 @@ class Labelled:
     """Of labels/: "model" or "enhanced"."""
 
 
-def predict(config: PredictConfig, *, load: Load | None = None) -> dict[str, Any]:
+def predict(
+    config: PredictConfig, *, load: Load | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Label every image of the source with a model, as far as it is not done yet.
 
     Args:
         config: As the user gave it.
         load: What each actor loads; the default is the model as `config` names it.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of run.json.
@@ -67,7 +70,7 @@ def predict(config: PredictConfig, *, load: Load | None = None) -> dict[str, Any
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; what is finished is kept.
     """
-    with Progress("predict", show=not config.quiet) as progress:
+    with progress or Progress("predict", show=not config.quiet) as progress:
         return _predict(config, load, progress)
 
 

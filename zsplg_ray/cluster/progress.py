@@ -27,7 +27,7 @@ P = TypeVar("P", bound="Shown")
 
 
 class Shown:
-    """What is shown of a verb from `with` to its end.
+    """What is shown of a verb from `with` to its end; a `with` within it changes nothing.
 
     Args:
         verb: Its name.
@@ -42,12 +42,15 @@ class Shown:
         self.began = clock()
         self.waiting: str | None = None
         self.over = False
+        self._depth = 0
         self.pace = Pace(clock)
         self.lock = threading.RLock()
         self.display = Display(self.view, show)
 
     def __enter__(self: P) -> P:
-        self.display.__enter__()
+        self._depth += 1
+        if self._depth == 1:
+            self.display.__enter__()
         return self
 
     def __exit__(
@@ -56,8 +59,10 @@ class Shown:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.over = True
-        self.display.__exit__(kind, error, trace)
+        self._depth -= 1
+        if self._depth == 0:
+            self.over = True
+            self.display.__exit__(kind, error, trace)
 
     def waits(self, what: str | None) -> None:
         """What is waited for now; None: the work gets on."""

@@ -39,13 +39,14 @@ log = logging.getLogger(__name__)
 UNITS = ("parts", "images")
 
 
-def relabel(config: RelabelConfig) -> dict[str, Any]:
+def relabel(config: RelabelConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Compose the labels of a run anew.
 
     Args:
         config: Every prompts and compose setting as it is to be. To start from those that the
             labels were made with, as the command line does:
             `from_mapping(RelabelConfig, {"run": run, **RunFolder(run).label_settings(), ...})`.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The new content of run.json.
@@ -54,7 +55,7 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; run it again to go on.
     """
-    with Progress("relabel", show=not config.quiet) as progress:
+    with progress or Progress("relabel", show=not config.quiet) as progress:
         return _relabel(config, progress)
 
 

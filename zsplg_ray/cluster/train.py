@@ -17,11 +17,8 @@ import contextlib
 import functools
 import logging
 import os
-import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,10 +38,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.nodes import look_around
-from zsplg_ray.cluster.notes import Notes, listening
+from zsplg_ray.cluster.notes import noting
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.train import Tracker, send_finished
+from zsplg_ray.cluster.training import Training
 from zsplg_ray.cluster.trainrun import (
     CHECKPOINTS,
     describe_training,
@@ -60,12 +58,13 @@ from zsplg_ray.cluster.trainrun import (
     write_training,
 )
 from zsplg_ray.cluster.waiting import telling_of_waits
-from zsplg_ray.cluster.watch import Training, Watcher
+from zsplg_ray.cluster.watch import Watcher
 from zsplg_ray.cluster.worker import Job, Keeper, Stopped, work
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import WorkError, complain, override
 from zsplg_ray.shapes.recipe import with_weights
+from zsplg_ray.signals import interrupts_are_told
 from zsplg_ray.storage import Place
 from zsplg_ray.student.checkpoint import load_init
 from zsplg_ray.student.data import TrainingData
@@ -84,6 +83,7 @@ def train(
     *,
     tags: Mapping[str, str] | None = None,
     callbacks: Sequence[UserCallback] = (),
+    progress: Training | None = None,
 ) -> dict[str, Any]:
     """Train a model, or go on with a run that was interrupted.
 
@@ -92,6 +92,7 @@ def train(
         tags: Further ones for the MLflow run, such as `mlflow.parentRunId`.
         callbacks: Told, beside ours, of every report that has been stored. One that raises
             `Stopped` ends the run early, in the state "stopped".
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of train.json.
@@ -100,7 +101,7 @@ def train(
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; the last checkpoint is kept.
     """
-    with Training(show=not config.quiet) as progress:
+    with progress or Training(show=not config.quiet) as progress:
         return _train(config, tags, callbacks, progress)
 
 
@@ -215,7 +216,7 @@ def _work(
             _begin(job, run, crew, watcher)
             if not is_finished(run):
                 progress.waits("starting workers")
-                with _noting(progress) as notes:
+                with noting(progress.hear, STEP_S, progress.show) as notes:
                     here = replace(job, gpus=crew.gpus, threads=crew.threads, notes=notes)
                     _fit(here, crew, callbacks)
         state = "complete"
@@ -228,21 +229,6 @@ def _work(
         progress.waits("writing down what was done")
         if _ours(folder, run):
             _settle(job, run, state, time.monotonic() - began, watcher)
-
-
-@contextlib.contextmanager
-def _noting(progress: Training) -> Iterator[Notes | None]:
-    """Where workers say how far they are, if anybody looks; steps may take their time."""
-    if not progress.show:
-        yield None
-        return
-    notes = Notes.start()
-    try:
-        with listening(notes, progress.hear, STEP_S):
-            yield notes
-    finally:
-        with contextlib.suppress(RayError):
-            notes.close()
 
 
 def _crew(config: TrainConfig) -> Crew:
@@ -305,7 +291,7 @@ def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
     )
     try:
         waits = telling_of_waits([crew.resources], functools.partial(_reached, folder))
-        with waits, _interrupts_are_told():
+        with waits, interrupts_are_told():
             trainer.fit()
     except ControllerError as e:
         cause = e.controller_failure
@@ -332,36 +318,6 @@ def _why(error: BaseException) -> str:
         return last_line(error)
     rank, text = next(iter(told.items()))
     return f"worker {rank} failed more than workers.max_failures times, last with {text}"
-
-
-@contextlib.contextmanager
-def _interrupts_are_told() -> Iterator[None]:
-    """KeyboardInterrupt, whatever is raised in here, if Ctrl-C or SIGTERM came meanwhile.
-
-    For Ctrl-C Ray puts a handler of its own in the place of Python's, and leaves it there: it stops
-    the workers. After either, what `fit` raises differs from time to time. The signal's number
-    comes through the wake-up socket whoever handles it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours, wake = socket.socketpair()
-    ours.setblocking(False)
-    wake.setblocking(False)
-    handler = signal.getsignal(signal.SIGINT)
-    before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    except BaseException as e:
-        with contextlib.suppress(BlockingIOError):
-            if {signal.SIGINT, signal.SIGTERM} & set(ours.recv(4096)):
-                raise KeyboardInterrupt from e
-        raise
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGINT, handler)
-        ours.close()
-        wake.close()
 
 
 def _ours(folder: RunFolder, run: Mapping[str, Any]) -> bool:

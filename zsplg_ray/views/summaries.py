@@ -80,7 +80,7 @@ def of_training(run: Mapping[str, Any], given: TrainConfig) -> str:
     where = shlex.join(map(str, images)) if images is not None else "IMAGES"
     use = f"{command('predict', '--model', out, '--images')} {where} "
     use += shlex.join(["--out", _beside(out, "predicted")])
-    return told(done, places, [(judge, "how good it is"), (use, "its labels of other images")])
+    return told(done, places, [("judge", judge), ("use", use)])
 
 
 def of_scenes(given: ShapesConfig) -> str:
@@ -88,7 +88,7 @@ def of_scenes(given: ShapesConfig) -> str:
     tiny = ("--sam", "shapes", "--clip", "shapes", "--out", _beside(given.out, "labels"))
     label = command("label", "--images", given.out, "--classes", "shapes", *tiny)
     places = {"scenes": given.out}
-    return told([f"{counted(given.n, 'scene')} with masks"], places, [(label, "segments, labels")])
+    return told([f"{counted(given.n, 'scene')} with masks"], places, [("label", label)])
 
 
 def _images(run: Mapping[str, Any], verb: str) -> str:
@@ -100,10 +100,10 @@ def _images(run: Mapping[str, Any], verb: str) -> str:
     if now == counts["labelled"]:
         line = f"{images} labelled"
     elif now:
-        line = f"{images} labelled, {now:,} of them now"
+        line = f"{images} labelled, {now:,} of them"
     else:
         return f"{images} labelled, all of them before"
-    return f"{line}, in {duration(run['seconds'])}, {_rate(run['images_per_s'])}"
+    return f"{line} in {duration(run['seconds'])}, {_rate(run['images_per_s'])}"
 
 
 def _rate(images_per_s: float) -> str:
@@ -139,14 +139,14 @@ def _kind(reason: str) -> str:
 
 def _after(folder: str, verb: str) -> list[Next]:
     page = "report.html" if is_address(folder) else within(folder, "report.html")
-    report = (command("report", folder, "--out", page), "a page to look at")
-    evaluate = (f"{command('evaluate', folder)} --truth MASKS", "how good they are, by masks")
+    report = ("look", command("report", folder, "--out", page))
+    evaluate = ("judge", f"{command('evaluate', folder)} --truth MASKS")
     if verb == "predict":
         voc = _beside(folder, "voc")
         export = command("export", folder, "--format", "voc", "--to", voc)
-        return [report, evaluate, (export, "for other tools")]
+        return [report, evaluate, ("hand on", export)]
     tune = f"{command('tune', 'labels', '--run', folder)} --truth MASKS"
-    tuned = [(tune, "better thresholds, from a few masks")] if verb == "label" else []
+    tuned = [("improve", tune)] if verb == "label" else []
     return [report, evaluate, *tuned]
 
 

@@ -63,11 +63,12 @@ FEW_IMAGES, FOLDS_OF_FEW = 100, 5
 """Under so many labelled images one held-out part would say too little: as many folds instead."""
 
 
-def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
+def tune_labels(config: TuneLabelsConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Find the compose settings that name the segments best.
 
     Args:
         config: As the user gave it.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         `runs`: what each run's tune.json holds (see tune_report.describe), and `best`: the folder
@@ -77,7 +78,7 @@ def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written but the cache of regions.
         WorkError: The work failed; run it again.
     """
-    with Progress("tune labels", show=not config.quiet) as progress:
+    with progress or Progress("tune labels", show=not config.quiet) as progress:
         return _tune_labels(config, progress)
 
 

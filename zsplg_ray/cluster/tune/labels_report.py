@@ -293,7 +293,7 @@ def _of_run(study: Mapping[str, Any]) -> str:
         return told(lines, places)
     lines += _doubt(study["result"][study["chosen"]])
     lines += changes(study["default"], study["settings"])
-    return told(lines, places, [(relabel_command(folder), "labels with these settings")])
+    return told(lines, places, [("apply", relabel_command(folder))])
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

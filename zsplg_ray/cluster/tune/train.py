@@ -60,9 +60,13 @@ PARENT_S = 30.0
 _PLACES = ("labeled", "labeled_masks", "unlabeled", "zeroshot", "val", "val_masks", "root", "out")
 
 
-def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
+def tune_train(config: TuneTrainConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Search for training settings, or go on with a study: with `--resume` trials that were
     interrupted or failed go on from their last checkpoint, then come those that are left.
+
+    Args:
+        config: As the user gave it.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of tune.json.
@@ -71,7 +75,7 @@ def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: Every trial failed, or Ray did.
     """
-    with Progress("tune train", show=not config.quiet) as progress:
+    with progress or Progress("tune train", show=not config.quiet) as progress:
         return _tune_train(config, progress)
 
 

@@ -91,11 +91,12 @@ def summary(study: Mapping[str, Any]) -> str:
         gist,
         f"val mIoU {given_miou(study)} with the settings given (trial 0), "
         f"{best['val_miou']:.4f} with those of trial {best['number']}",
-        f"the choice rests on {study['data']['validation']['images']} images and flatters itself",
+        f"the choice rests on {study['data']['validation']['images']} images and flatters "
+        "itself: judge on others",
     ]
     then = [
-        (f"{command('evaluate', model)} --truth MASKS", "what it is worth on other images"),
-        (_training(study, settings), "the same training once more"),
+        ("judge", f"{command('evaluate', model)} --truth MASKS"),
+        ("train", _training(study, settings)),
     ]
     return told(done, {"model": model, "settings": settings}, then)
 
