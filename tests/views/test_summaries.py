@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from zsplg_ray import cli
-from zsplg_ray.config import ShapesConfig, TrainConfig
+from zsplg_ray.config import LabelConfig, ShapesConfig, TrainConfig
 from zsplg_ray.records import ERRORS
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.summary import counted, duration, told
@@ -103,6 +103,7 @@ def test_a_training_on_labelled_images_alone():
 def test_scenes():
     (line,) = commands(of_scenes(ShapesConfig(out="some scenes", n=3)))
     made = cli.parse(cli.VERBS["label"][0], line[2:], "label")
+    assert isinstance(made, LabelConfig)
     assert made.images == "some scenes" and made.out == "some scenes_labels"
 
 
