@@ -69,10 +69,11 @@ class View:
     def all_facts(self) -> list[str]:
         """Facts, what is waited for, and times."""
         told = [self.waits] if self.waits else []
-        told += [*self.facts, duration(self.elapsed_s)]
-        if self.left_s is not None:
-            told.append(f"{duration(_rounded(self.left_s))} left")
-        return told
+        told += self.facts
+        if self.left_s is None:
+            return [*told, duration(self.elapsed_s)]
+        left = f"{duration(_rounded(self.left_s))} left"
+        return [*told, left, f"{duration(self.elapsed_s)} so far"]
 
 
 def plain_line(view: View) -> str:

@@ -193,7 +193,7 @@ def test_training_tells_steps_between_validations(clock):
         training.hear({"0": note, "1": {"step": second, "judging": False}})
     told = plain_line(training.view())
     assert told.startswith("train: 15/40 steps, epoch 2/4, loss 0.5000, 1.00 steps/s, 16.0 images")
-    assert told.endswith("2/2 workers up, 15 s, 25 s left")
+    assert told.endswith("2/2 workers up, 25 s left, 15 s so far")
     training.hear({"0": {"step": 20, "loss": 0.4, "judging": True}})
     assert training.view().waits == "validating"
     entry = {"epoch": 2, "step": 20, "loss": 0.45, "val_miou": 0.3, "unreadable_images": 2.0}

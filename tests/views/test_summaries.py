@@ -55,7 +55,7 @@ def test_errors_are_told_with_the_commonest_reason(tmp_path):
     folder.write_part("errors", "part-" + "0" * 20, pa.Table.from_pylist(rows, schema=ERRORS), {})
     run = {**RUN, "counts": {**COUNTS, "quarantined": 3}}
     text = of_labels(run, str(tmp_path), None, "predict")
-    assert "3 images could not be done, most of them (2) decode: NoImage: cannot read" in text
+    assert "3 images could not be done (2 of them: decode: NoImage: cannot read" in text
     assert f"  errors  {tmp_path}/errors" in text and "\x1b" not in text
     export = commands(text)[-1]
     assert export[1:] == ["export", str(tmp_path), "--format", "voc", "--to", f"{tmp_path}_voc"]

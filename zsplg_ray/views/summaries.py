@@ -128,8 +128,8 @@ def _errors(folder: RunFolder, number: int) -> str:
         reasons[kind] += 1
         example.setdefault(kind, reason)
     kind, times = reasons.most_common(1)[0]
-    often = f"most of them ({times:,})" if len(reasons) > 1 else "all" if times > 1 else "at"
-    return f"{line}, {often} {one_line(shortened(example[kind], _MOST_OF_A_REASON))}"
+    often = f"{times:,} of them: " if len(reasons) > 1 else ""
+    return f"{line} ({often}{one_line(shortened(example[kind], _MOST_OF_A_REASON))})"
 
 
 def _kind(reason: str) -> str:
