@@ -138,11 +138,11 @@ class _Live(Live):
     """Live, which also clears what a terminal that became narrower has wrapped."""
 
     def process_renderables(self, renderables: list) -> list:
-        shape = self._live_render._shape
-        width = self.console.size.width
-        if shape is not None and shape[0] > width:
-            rows = shape[1] * -(-shape[0] // width)
-            self._live_render._shape = width, rows
+        with contextlib.suppress(AttributeError):  # rich does not promise that it is there
+            shape = self._live_render._shape
+            width = self.console.size.width
+            if shape is not None and shape[0] > width:
+                self._live_render._shape = width, shape[1] * -(-shape[0] // width)
         return super().process_renderables(renderables)
 
 
@@ -203,7 +203,8 @@ class Display:
         self._over.set()
         try:
             if self._live is not None:
-                self._live.stop()
+                with contextlib.suppress(OSError):  # the terminal has gone: the work is done anyway
+                    self._live.stop()
             if self._thread is not None:
                 self._thread.join()
             self._last(kind is None)
