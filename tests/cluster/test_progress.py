@@ -112,8 +112,8 @@ def test_images_count_before_their_block_is_handed_over(progress, clock):
     assert progress.labelled == 15 and progress.failed == 1
     clock.now = 30
     progress.hear({"c": said(1, 1, 1)})  # a and b are gone, with what b had not handed over
-    progress.add(16, 0, said(16, 9, 10, actor="c"))
-    assert progress.view().done == 8 + 32
+    progress.add(8, 0, said(8, 9, 10, actor="c"))
+    assert progress.view().done == 8 + 16 + 8
     assert "1 error" in progress.view().facts
 
 
