@@ -1,6 +1,7 @@
 """The command line: what it makes of argv, and how it fails."""
 
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -270,6 +271,31 @@ def test_an_unknown_log_level_is_bad_input(monkeypatch, capsys):
     assert "ZSPLG_LOG must be one of DEBUG," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--verbose", *LABEL], [*LABEL, "--verbose"]])
+def test_verbose_is_known_to_every_verb_and_sets_the_level(argv, told, monkeypatch):
+    monkeypatch.setenv("ZSPLG_LOG", "ERROR")
+    ours = logging.getLogger("zsplg_ray")
+    before = ours.level
+    try:
+        assert cli.main(argv) == 0
+        assert told[0] == told[-1] and ours.level == logging.DEBUG
+        assert cli.main(LABEL) == 0
+        assert told[1] == told[0] and ours.level == logging.ERROR
+        job = ["submit", "--", *LABEL, "--verbose"]
+        assert cli.main(job) == 0 and ours.level == logging.ERROR, "the job's, not ours"
+    finally:
+        ours.setLevel(before)
+
+
+def test_a_job_is_as_verbose_as_it_was_asked_to_be():
+    command = cli._command([*LABEL, "--verbose"])
+    assert "--verbose" in command.argv and command.settings == parse_label()
+
+
+def parse_label() -> Section:
+    return cli.parse(cli.VERBS["label"][0], LABEL[1:], "label")
+
+
 # Help --------------------------------------------------------------------------------------------
 
 
@@ -291,7 +317,7 @@ def test_help_of_a_verb_tells_every_setting_and_the_example(verb, capsys, monkey
     out, err = capsys.readouterr()
     cls = cli.VERBS[verb][0]
     assert all(flag in out for flag in flag_names(cls)) and not err
-    assert cli.EXAMPLES[verb] in out
+    assert cli.EXAMPLES[verb] in out and "--verbose: " in out
     if verb == "label":
         text = " ".join(out.split())
         assert "logits in [0, 100]. None: 1.0. (default: None)" in text

@@ -23,6 +23,7 @@ PLAIN = (
     "part_index",
     *("sources", "images", "coco", "masks", "labels", "metrics", "signals"),
     *("safe_text", "safe_yaml", "parquet_texts", "part_check", "label_studio"),
+    *("summary", "display", "pace"),
 )
 """Modules of the lowest layer."""
 MEASURES = "zsplg_ray.label.stages"
@@ -30,7 +31,7 @@ MEASURES = "zsplg_ray.label.stages"
 NO_TORCH = (
     *PLAIN,
     *("label.segments", "label.compose", "label.textbank", "label.naming"),
-    *("views.pictures", "views.review.exporting", "views.review.importing"),
+    *("views.pictures", "views.review.exporting", "views.review.importing", "views.summaries"),
 )
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from zsplg_ray import __version__, config, flags
 from zsplg_ray.safe_text import MAX_CHARS, SafeFormatter, masked, one_line, shortened
@@ -64,13 +64,14 @@ def usage() -> str:
             *lines,
             "",
             "zsplg VERB --help tells every setting with unit, range and default.",
+            f"{flags.VERBOSE}, with any verb: {flags.VERBOSE_DOES}.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Entry point of the console script `zsplg`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, verbose = flags.take_verbose(list(sys.argv[1:] if argv is None else argv))
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = argv[0]
     try:
-        _start_log()
+        _start_log(verbose)
         verb, rest = _take_verb(argv)
         cls, run, _ = VERBS[verb]
         with sigterm_interrupts():
@@ -149,7 +150,7 @@ def _command(argv: Sequence[str]) -> Command:
     if verb == SUBMIT:
         fix = "name the verb that does the work"
         raise ValueError(complain("verb", "one that runs in a job", SUBMIT, fix))
-    settings = parse(VERBS[verb][0], rest, verb, elsewhere=True)
+    settings = parse(VERBS[verb][0], flags.take_verbose(rest)[0], verb, elsewhere=True)
     from zsplg_ray.cluster.submit.job import Command
 
     return Command(verb, rest, settings, flags.value_of(rest, "--config"))
@@ -160,12 +161,24 @@ def _on_one_line(error: BaseException) -> str:
     return one_line(masked(shortened(" ".join(str(error).splitlines()), 4 * MAX_CHARS)))
 
 
-def _start_log() -> None:
-    """Messages of this project to stderr, from the level in $ZSPLG_LOG on."""
-    handler = logging.StreamHandler(sys.stderr)
+class _Stderr(logging.StreamHandler):
+    """Writes to what stderr is at the moment: while a verb shows its progress, above that."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """Where to."""
+        return sys.stderr
+
+
+def _start_log(verbose: bool) -> None:
+    """Messages of this project to stderr, from the level in $ZSPLG_LOG on; all if `verbose`."""
+    handler = _Stderr()
     handler.setFormatter(SafeFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    level = os.environ.get("ZSPLG_LOG", "INFO").upper()
+    level = "DEBUG" if verbose else os.environ.get("ZSPLG_LOG", "INFO").upper()
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
     if level not in levels:
         rule, fix = f"one of {', '.join(levels)}", "change or unset this environment variable"

@@ -35,6 +35,9 @@ from zsplg_ray.settings import (
 
 S = TypeVar("S", bound=Section)
 
+VERBOSE = "--verbose"
+VERBOSE_DOES = "all that is logged, by Ray and the libraries too, as ZSPLG_LOG=DEBUG has it"
+
 Stored = Callable[[Sequence[str], Mapping[str, Any]], Mapping[str, Any]]
 """(argv, what a file says) -> settings that are stored somewhere, which both win over."""
 
@@ -64,7 +67,7 @@ def parse(
         about = inspect.cleandoc(cls.__doc__ or "")
         about += f"\n\nExample: {example}\n\nAny setting may also stand in a YAML "
         about += "file given as --config FILE.yaml, beside those of other verbs; a flag wins over "
-        about += "the file."
+        about += f"the file.\n\n{VERBOSE}: {VERBOSE_DOES}."
         tyro.cli(cls, prog=f"zsplg {verb}", description=about, args=["--help"])
     argv, file = _take_config(list(argv))
     flags, hints = flag_names(cls), setting_types(cls)
@@ -82,6 +85,14 @@ def parse(
             fix = f"see zsplg {verb} --help"
             raise ValueError(complain(name, "given", "nothing", fix))
     return made
+
+
+def take_verbose(argv: list[str]) -> tuple[list[str], bool]:
+    """The rest of a command line, and whether `--verbose` was in it: every verb knows it. What
+    stands behind `--` is another command line."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    own = [token for token in argv[:at] if token != VERBOSE]
+    return own + argv[at:], len(own) < at
 
 
 def _read(file: str) -> dict[str, Any]:

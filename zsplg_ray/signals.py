@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import NoReturn
@@ -44,3 +45,33 @@ def sigterm_kept() -> Iterator[None]:
     finally:
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def interrupts_are_told() -> Iterator[None]:
+    """KeyboardInterrupt, whatever is raised in here, if Ctrl-C or SIGTERM came meanwhile.
+
+    For Ctrl-C Ray puts a handler of its own in the place of Python's, and leaves it there: it stops
+    the workers of a training. After either, what is raised differs from time to time. The signal's
+    number comes through the wake-up socket whoever handles it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, wake = socket.socketpair()
+    ours.setblocking(False)
+    wake.setblocking(False)
+    handler = signal.getsignal(signal.SIGINT)
+    before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    except BaseException as e:
+        with contextlib.suppress(BlockingIOError):
+            if {signal.SIGINT, signal.SIGTERM} & set(ours.recv(4096)):
+                raise KeyboardInterrupt from e
+        raise
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGINT, handler)
+        ours.close()
+        wake.close()

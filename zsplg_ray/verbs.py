@@ -26,13 +26,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_LOADING = "loading Ray and the libraries"
+
+
 def label(given: config.LabelConfig) -> int:
     """Label images; see config.LabelConfig."""
-    from zsplg_ray.cluster.label import label as run_label
+    from zsplg_ray.cluster.progress import Progress
 
-    run = run_label(given)
-    _tell(run, given.out, given.json)
-    return 0
+    with Progress("label", not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.label import label as run_label
+
+        run = run_label(given, progress=progress)
+        preview = _preview(given.out)
+    return _tell(run, given.out, given.json, "label", preview)
 
 
 def estimate(given: config.EstimateConfig) -> int:
@@ -47,63 +54,85 @@ def estimate(given: config.EstimateConfig) -> int:
 
 def relabel(given: config.RelabelConfig) -> int:
     """Compose labels again from segments; see config.RelabelConfig."""
-    from zsplg_ray.cluster.relabel import relabel as run_relabel
+    from zsplg_ray.cluster.progress import Progress
 
-    _tell(run_relabel(given), given.run, given.json)
-    return 0
+    with Progress("relabel", not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.relabel import relabel as run_relabel
+
+        run = run_relabel(given, progress=progress)
+        preview = _preview(given.run)
+    return _tell(run, given.run, given.json, "relabel", preview)
 
 
-def _tell(run: Mapping[str, Any], folder: str, as_json: bool) -> None:
-    """What a run did, and the picture of its first images."""
+def predict(given: config.PredictConfig) -> int:
+    """Label images with a trained model; see config.PredictConfig."""
+    from zsplg_ray.cluster.progress import Progress
+
+    with Progress("predict", not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.predict import predict as run_predict
+
+        run = run_predict(given, progress=progress)
+        preview = _preview(given.out)
+    return _tell(run, given.out, given.json, "predict", preview)
+
+
+def _preview(folder: str) -> str | None:
+    """The picture of a run's first images."""
     from zsplg_ray.rundir import RunFolder
     from zsplg_ray.views.pictures import write_preview
 
-    preview = write_preview(RunFolder(folder))
-    if as_json:
-        print(json.dumps(run))
-        return
-    folder = masked(folder)
-    counts = run["counts"]
-    print(f"{counts['labelled']} images labelled in {folder}")
-    if counts["quarantined"]:
-        print(f"{counts['quarantined']} could not be done, see {folder}/errors")
-    if preview:
-        print(f"first images and their labels: {folder}/{preview}")
+    return write_preview(RunFolder(folder))
+
+
+def _tell(
+    run: Mapping[str, Any], folder: str, as_json: bool, verb: str, preview: str | None
+) -> int:
+    """What a run did."""
+    from zsplg_ray.views.summaries import of_labels
+
+    print(json.dumps(run) if as_json else of_labels(run, folder, preview, verb))
+    return 0
 
 
 def train(given: config.TrainConfig) -> int:
     """Train a model; see config.TrainConfig."""
-    from zsplg_ray.cluster.train import summary
-    from zsplg_ray.cluster.train import train as run_train
+    from zsplg_ray.cluster.training import Training
 
-    run = run_train(given)
-    print(json.dumps(run) if given.json else masked(summary(run, given.out)))
+    with Training(not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.train import train as run_train
+        from zsplg_ray.views.summaries import of_training
+
+        run = run_train(given, progress=progress)
+    print(json.dumps(run) if given.json else of_training(run, given))
     return 0
 
 
 def tune_labels(given: config.TuneLabelsConfig) -> int:
     """Search for thresholds; see config.TuneLabelsConfig."""
-    from zsplg_ray.cluster.tune import labels as room
+    from zsplg_ray.cluster.progress import Progress
 
-    study = room.tune_labels(given)
+    with Progress("tune labels", not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.tune import labels as room
+
+        study = room.tune_labels(given, progress=progress)
     print(json.dumps(study) if given.json else room.summary(study))
     return 0
 
 
 def tune_train(given: config.TuneTrainConfig) -> int:
     """Search for training settings; see config.TuneTrainConfig."""
-    from zsplg_ray.cluster.tune import train as room
+    from zsplg_ray.cluster.progress import Progress
 
-    study = room.tune_train(given)
-    print(json.dumps(study) if given.json else masked(room.summary(study)))
-    return 0
+    with Progress("tune train", not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.tune import train as room
 
-
-def predict(given: config.PredictConfig) -> int:
-    """Label images with a trained model; see config.PredictConfig."""
-    from zsplg_ray.cluster.predict import predict as run_predict
-
-    _tell(run_predict(given), given.out, given.json)
+        study = room.tune_train(given, progress=progress)
+    print(json.dumps(study) if given.json else room.summary(study))
     return 0
 
 
@@ -209,9 +238,10 @@ def _leave_or_stop(made: Job, follower: Follower, *, ask: bool) -> int:
 def shapes(given: config.ShapesConfig) -> int:
     """Write scenes of the embedded world; see config.ShapesConfig."""
     from zsplg_ray.shapes.scenes import write_voc
+    from zsplg_ray.views.summaries import of_scenes
 
     write_voc(given.out, given.n, given.seed)
-    print(given.out)
+    print(of_scenes(given))
     return 0
 
 

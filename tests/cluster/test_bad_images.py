@@ -74,6 +74,9 @@ def test_twelve_bad_and_twenty_good(tmp_path):
     command += ["--ray.num-cpus", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("label: ") and line.isprintable() for line in lines), done.stderr
+    assert lines[-1].startswith("label: 32/32 images, ") and "12 errors" in lines[-1]
     counts = json.loads(done.stdout)["counts"]
     assert (counts["images"], counts["labelled"], counts["quarantined"]) == (32, 20, 12)
     folder = RunFolder(str(out))

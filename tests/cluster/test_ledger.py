@@ -181,12 +181,14 @@ def test_an_actor_makes_little_more_than_a_call_an_image_and_tells_what_it_wrote
     job = Job(config, Trivial(), folder, {}, {})  # type: ignore[arg-type]
     actor = object.__new__(ImageActor)
     actor.job, actor.ledger, actor.stage, actor.worker = job, ledger, "predict", Trivial()
+    actor._come_to_work()
     (counts,) = actor(block).to_pylist()
     assert Counter(ledger.calls) == {"open": 2, "begin": 16, "commit": 1}
     assert not ledger.book.begun and ledger.book.committed == set(names)
 
     (written,) = counts.pop("written")
-    assert counts == {"labelled": 16, "failed": 0}
+    assert 0 <= counts.pop("busy_s") <= counts.pop("alive_s")
+    assert counts == {"labelled": 16, "failed": 0, "actor": actor.name, "through": 16}
     name = part_name(names)
     size = folder.listing("labels")[name].size
     assert written == {"kind": "labels", "name": name, "size": size, "image_ids": names}
@@ -214,6 +216,7 @@ def test_an_image_of_which_its_process_dies_late_is_found_too(tmp_path):
         actor = object.__new__(ImageActor)
         actor.job = Job(config, Late("X"), folder, {}, {})  # type: ignore[arg-type]
         actor.ledger, actor.stage, actor.worker = ledger, "predict", Late("X")
+        actor._come_to_work()
         try:
             actor(block)
             break

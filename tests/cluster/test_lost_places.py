@@ -113,7 +113,9 @@ def test_a_run_whose_parts_are_elsewhere_is_not_complete(state, tmp_path):
     job = SimpleNamespace(folder=folder, task=SimpleNamespace(verb="label"))
     todo = pa.table({"image_id": ["a", "b"], "uri": ["a", "b"]}, MANIFEST)
     run, before = {"state": state}, pipeline._Before(PartIndex(), 0, set())
-    tracker, progress = SimpleNamespace(started=False), Progress(2, 0, show=False)
+    tracker, progress = SimpleNamespace(started=False), Progress("label", show=False)
+
+    progress.plan(2)
 
     def settle():
         pipeline._settle(job, todo, run, progress, tracker, before)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 from tests.cluster.training import config, rig
-from zsplg_ray.cluster.train import anywhere, summary, train
+from zsplg_ray.cluster.train import anywhere, train
 from zsplg_ray.cluster.trainrun import read_training
 from zsplg_ray.cluster.worker import is_final
 from zsplg_ray.rundir import RunFolder
@@ -19,6 +19,7 @@ from zsplg_ray.settings import WorkError
 from zsplg_ray.shapes.scenes import write_voc
 from zsplg_ray.student.checkpoint import load_student, read_weights
 from zsplg_ray.student.data import WrongClass
+from zsplg_ray.views.summaries import of_training
 
 EPOCHS = 12
 RESUMED = {"train.epochs": EPOCHS, "student.frozen_bn": False, "optim.ema_decay": 0.9}
@@ -73,8 +74,9 @@ def test_a_run_from_end_to_end(straight, world, caplog):
     assert run["data"]["labelled"]["images"] == 6 and run["data"]["validation"]["images"] == 2
     assert files(out) == {"train.json", "best.pt", "last.pt", "checkpoints", "preview.png"}
     assert len(list(out.glob("checkpoints/*/step-*"))) == 2, "old checkpoints are in the way"
-    told = summary(run, str(out))
-    assert f"model: {out}/best.pt" in told and "mIoU" in told
+    told = of_training(run, config(world, out))
+    assert f"model     {out}/best.pt" in told and "mIoU" in told
+    assert f"zsplg predict --model {out} --images" in told
 
     student = load_student(str(out))
     assert list(student.classes.names) == run["classes"]["names"]

@@ -4,14 +4,14 @@ import signal
 
 import pytest
 
-from zsplg_ray.cluster import train
+from zsplg_ray.signals import interrupts_are_told
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_told_whatever_fit_makes_of_it(number):
     before = signal.signal(number, lambda *given: None)  # as Ray's own handler: raises nothing
     try:
-        with pytest.raises(KeyboardInterrupt), train._interrupts_are_told():
+        with pytest.raises(KeyboardInterrupt), interrupts_are_told():
             signal.raise_signal(number)
             raise RuntimeError("the controller is gone")
     finally:
@@ -21,7 +21,7 @@ def test_a_stop_is_told_whatever_fit_makes_of_it(number):
 def test_another_signal_is_none():
     before = signal.signal(signal.SIGUSR1, lambda *given: None)
     try:
-        with pytest.raises(RuntimeError, match="is gone"), train._interrupts_are_told():
+        with pytest.raises(RuntimeError, match="is gone"), interrupts_are_told():
             signal.raise_signal(signal.SIGUSR1)
             raise RuntimeError("the controller is gone")
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cluster.training import config
+from zsplg_ray.cluster.training import Training
 from zsplg_ray.cluster.trainrun import (
     NOT_IN_WEIGHTS,
     check_attempt,
@@ -24,7 +25,7 @@ from zsplg_ray.cluster.trainrun import (
     weight_settings,
     write_training,
 )
-from zsplg_ray.cluster.watch import Watcher, duration, line
+from zsplg_ray.cluster.watch import Watcher
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import WorkError, flatten
@@ -115,8 +116,8 @@ def test_failures_are_noted_and_told(folder, caplog):
         "epoch": 1,
         "time": 0,
     }
-    watcher = Watcher(folder, Tracker(), show=False)  # type: ignore[arg-type]
-    watcher.start({**run, "failures": []})
+    watcher = Watcher(folder, Tracker(), Training(show=False))  # type: ignore[arg-type]
+    watcher.start({**run, "failures": [], "workers": {"num": 1}})
     assert watcher.stop()
     assert "worker 1 died (ActorDiedError: gone): going on after epoch 1" in caplog.text
 
@@ -217,24 +218,6 @@ def test_folders_of_other_runs_are_refused(tmp_path):
 # What a person sees ------------------------------------------------------------------------------
 
 
-def test_a_line_tells_how_it_goes_and_how_long_it_takes():
-    entry = {"epoch": 2, "step": 10, "loss": 0.5, "images_per_s": 8.0, "time": 130.0}
-    told = line({**entry, "val_miou": 0.25, "confident": 0.5}, SCHEDULE, True, (100.0, 5))
-    assert told == (
-        "epoch 2/4, loss 0.5000, val mIoU 0.2500 (best), confident 50%, 8.0 images/s, "
-        "1 min 00 s left"
-    )
-    assert line(entry, SCHEDULE, False, None).endswith("8.0 images/s, 5 s left")
-    last = line({**entry, "step": 20, "unreadable_images": 2.0}, SCHEDULE, False, (100.0, 5))
-    assert last.endswith("8.0 images/s, 2 images not readable")
-
-
-def test_durations_are_read_at_a_glance():
-    assert [duration(s) for s in (0.4, 59.6, 3599, 7322)] == [
-        *("0 s", "1 min 00 s", "59 min 59 s", "2 h 02 min")
-    ]
-
-
 class Tracker:
     """Notes what it is told."""
 
@@ -245,22 +228,19 @@ class Tracker:
         self.told.append(len(run["history"]))
 
 
-@pytest.mark.parametrize("show", [True, False])
-def test_the_watcher_tells_what_is_new(folder, capsys, show):
-    tracker = Tracker()
-    before = report(folder, 1, 0.2, best=1)
-    watcher = Watcher(folder, tracker, show)  # type: ignore[arg-type]
-    watcher.start(before)
-    report(folder, 2, 0.3, best=2)
-    assert watcher.stop(), "it has come to its end"
+def test_the_watcher_tells_what_is_new(folder, capsys):
+    tracker, progress = Tracker(), Training(show=True)
+    before = report(folder, 1, 0.2, best=1) | {"workers": {"num": 1}}
+    with progress:
+        watcher = Watcher(folder, tracker, progress)  # type: ignore[arg-type]
+        watcher.start(before)
+        report(folder, 2, 0.3, best=2)
+        assert watcher.stop(), "it has come to its end"
     out, err = capsys.readouterr()
     assert out == "" and tracker.told[-1] == 2
-    if show:
-        (told,) = err.splitlines()
-        assert told.startswith("epoch 2/4, loss 1.0000, val mIoU 0.3000 (best)")
-    else:
-        assert err == ""
+    (told,) = err.splitlines()
+    assert told.startswith("train: 10/20 steps, epoch 2/4, loss 1.0000, val mIoU 0.3000 (the best)")
 
 
 def test_a_watcher_that_was_never_started_can_be_stopped(folder):
-    assert Watcher(folder, Tracker(), True).stop()  # type: ignore[arg-type]
+    assert Watcher(folder, Tracker(), Training()).stop()  # type: ignore[arg-type]

@@ -175,7 +175,8 @@ def test_a_run_tells_nobody(bucket, tmp_path, monkeypatch, capfd):  # noqa: F811
     told = capfd.readouterr()
     found = bucket.files("run") | {str(p): p.read_bytes() for p in files(tmp_path)}
     assert any(name.startswith("run/segments/") for name in found)
-    assert "2 images labelled in s3://***@bucket" in told.out
+    assert "2 images labelled" in told.out and "labels    s3://***@bucket" in told.out
+    assert "zsplg report 's3://***@bucket" in told.out
     texts = {"stdout": told.out.encode(), "stderr": told.err.encode(), **found}
     for name, data in texts.items():
         for word in (KEY, SECRET):

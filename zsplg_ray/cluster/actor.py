@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ import pyarrow as pa
 import ray
 
 from zsplg_ray.cluster.ledger import MAX_KILLS, Ledger
+from zsplg_ray.cluster.notes import Busy, interval_s, keep_telling
 from zsplg_ray.cluster.parts import PartWriter
 from zsplg_ray.cluster.session import Plan
 from zsplg_ray.config import LabelConfig, PredictConfig
@@ -47,10 +49,15 @@ COUNTS = pa.schema(
     [
         ("labelled", pa.int64()),
         ("failed", pa.int64()),
+        ("actor", pa.string()),
+        ("through", pa.int64()),
+        ("busy_s", pa.float64()),
+        ("alive_s", pa.float64()),
         ("written", pa.list_(pa.struct(_WRITTEN))),
     ]
 )
-"""What the driver hears of a block: images, and the parts that were written of them."""
+"""What the driver hears of a block: images, what the actor says of itself (`notes.Busy.read`), and
+the parts that were written of them."""
 
 
 class Worker(Protocol):
@@ -128,6 +135,13 @@ class ImageActor:
         if found not in (None, job.weights):
             rule = f"those of the driver, {job.weights}"
             raise ValueError(complain("weights", rule, found, "give every node the same files"))
+        self._come_to_work(interval_s(plan.max_actors))
+
+    def _come_to_work(self, every_s: float | None = None) -> None:
+        """From here on its time counts; it says now and then how it gets on, if `every_s`."""
+        self.name, self.busy = uuid.uuid4().hex, Busy()
+        if every_s is not None:
+            keep_telling(lambda: self.ledger.note(self.name, self.busy.read()), every_s)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Do a block of `decode.DECODED` rows; returns one row of `COUNTS`."""
@@ -141,12 +155,14 @@ class ImageActor:
             self._process(block, images, writer)
             labelled += len(writer.done) - done_before
             failed += len(images) - (len(writer.done) - done_before)
+            self.busy.through += len(images)
             if time.monotonic() - writer.since >= self.job.config.actors.flush_s:
                 written += self._commit(writer)
         if writer.ids:
             written += self._commit(writer)
         parts = [part._asdict() for part in written]
-        counts = {"labelled": labelled, "failed": failed, "written": parts}
+        said = {"actor": self.name, **self.busy.read()}
+        counts = {"labelled": labelled, "failed": failed, **said, "written": parts}
         return pa.Table.from_pylist([counts], schema=COUNTS)
 
     def _pending(self, block: pa.Table) -> Iterator[list[Row]]:
@@ -177,7 +193,9 @@ class ImageActor:
         ids = [image["image_id"] for image in good]
         self.ledger.begin(self.stage, ids)  # until they are committed: a death may come late
         try:
-            results = self.worker.process(good, [pixels(block, image) for image in good])
+            seen = [pixels(block, image) for image in good]
+            with self.busy.at_work():
+                results = self.worker.process(good, seen)
         except Exception as e:
             from zsplg_ray.label.failures import is_broken_device
 

@@ -18,6 +18,7 @@ from zsplg_ray.cluster.actor import Row
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import labels_row, relabel_part, segments_row
 from zsplg_ray.cluster.pipeline import run_images
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.naming import Naming
@@ -44,12 +45,15 @@ def load_labeler(config: LabelConfig, naming: Naming, device: str) -> Labeler:
     return Labeler.load(config, naming, device)
 
 
-def label(config: LabelConfig, *, load: Load = load_labeler) -> dict[str, Any]:
+def label(
+    config: LabelConfig, *, load: Load = load_labeler, progress: Progress | None = None
+) -> dict[str, Any]:
     """Label every image of the source that is not labelled yet.
 
     Args:
         config: As the user gave it.
         load: What each actor loads; the default is SAM and CLIP as `config` names them.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of run.json.
@@ -58,20 +62,28 @@ def label(config: LabelConfig, *, load: Load = load_labeler) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; what is finished is kept.
     """
+    with progress or Progress("label", show=not config.quiet) as progress:
+        return _label(config, load, progress)
+
+
+def _label(config: LabelConfig, load: Load, progress: Progress) -> dict[str, Any]:
+    """`label`, under way."""
     from zsplg_ray.label.weights import absolute_paths
 
     folder = RunFolder(config.out)
     classes = class_list(config.classes)
+    progress.waits("listing the images")
     manifest = list_images(config.images, root=config.root)
     resolved = resolve_label(config)
     minimum_scores(resolved.compose, classes)  # says so if a threshold names no class
     refuse_other_run(folder, describe_run(config, resolved, classes, {}))  # before any download
+    progress.waits("reading the models' weights")
     naming, weights = prepare(resolved, classes)
     run = describe_run(config, resolved, classes, weights)
     refuse_other_run(folder, run)
     with only_run(folder):
         here = absolute_paths(resolved)
-        run_images(here, LabelTask(here, naming, load), folder, manifest, run)
+        run_images(here, LabelTask(here, naming, load), folder, manifest, run, progress)
     return run
 
 

@@ -20,19 +20,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from zsplg_ray.cluster.notes import NoteBook, Notes, beside_the_driver
 
 MAX_KILLS = 2
 """Deaths of its process after which an image is quarantined."""
 
 
-class LedgerBook:
-    """The book itself, plain Python; `Ledger.start` makes it an actor."""
+class LedgerBook(NoteBook):
+    """The book itself, plain Python; `Ledger.start` makes it an actor. Workers leave word in it
+    of how they get on, too."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.begun: Counter[tuple[str, str]] = Counter()
         self.committed: set[str] = set()
 
@@ -61,19 +63,15 @@ class LedgerBook:
         self.finish(stage, image_ids)
 
 
-class Ledger:
+class Ledger(Notes):
     """A worker's handle on the book, which is an actor on the driver's node: it dies with the
-    driver and not before, and then every call here raises.
+    driver and not before, and then every call here that waits raises.
     """
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
 
     @classmethod
     def start(cls) -> Ledger:
         """A new ledger; to be called by the driver."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return cls(ray.remote(LedgerBook).options(num_cpus=0, scheduling_strategy=here).remote())
+        return cls(beside_the_driver(LedgerBook))
 
     def open(self, stage: str, image_ids: list[str]) -> dict[str, int]:
         """See LedgerBook.open."""
@@ -94,7 +92,3 @@ class Ledger:
     def commit(self, stage: str, image_ids: list[str]) -> None:
         """See LedgerBook.commit; returns when it is noted."""
         ray.get(self._handle.commit.remote(stage, image_ids))
-
-    def close(self) -> None:
-        """End the ledger."""
-        ray.kill(self._handle)

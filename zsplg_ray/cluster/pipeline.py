@@ -29,7 +29,8 @@ from zsplg_ray.cluster.actor import ImageActor, Job, Task, unseen
 from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
 from zsplg_ray.cluster.nodes import Cluster, look_around
-from zsplg_ray.cluster.progress import Progress
+from zsplg_ray.cluster.notes import GONE_S, interval_s, listening
+from zsplg_ray.cluster.progress import Actors, Progress
 from zsplg_ray.cluster.session import (
     Plan,
     cluster_address,
@@ -65,6 +66,7 @@ def run_images(
     folder: RunFolder,
     manifest: pa.Table,
     run: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Do every image of the manifest that is not done yet, and keep run.json true.
 
@@ -74,6 +76,7 @@ def run_images(
         folder: Where; to be held by `lock.only_run`.
         manifest: `sources.MANIFEST`, and columns that the task wants of `decode.DECODED`.
         run: The content of run.json, changed in place.
+        progress: What shows how far it is, under way.
 
     Raises:
         ValueError: The folder holds another run, or the cluster cannot hold the actors; nothing
@@ -81,10 +84,11 @@ def run_images(
         WorkError: The work failed; what is finished is kept.
     """
     refuse_other_run(folder, run)
+    progress.waits("looking at what is done")
     index = PartIndex.load(folder)
     found = repair(folder, task.verb, index)
     todo = anti_join(manifest, found.done)
-    progress = Progress(len(manifest), len(manifest) - len(todo), show=not config.quiet)
+    progress.plan(len(manifest), len(manifest) - len(todo))
     job = Job(config, task, folder, part_meta(run), run["weights"])
     old = folder.read_run() or {}
     run["id"] = old.get("id") or uuid.uuid4().hex
@@ -126,8 +130,10 @@ def _work(
     state = "failed"
     try:
         if len(todo):
+            progress.waits("starting Ray")
             with ray_session(job.config.ray):
                 plan = plan_for(job.config, _cluster(job.config))
+                progress.waits("starting actors and loading the models")
                 job.folder.write_run(run)
                 tracker.start(run, numbers)
                 if before.failed:
@@ -141,7 +147,7 @@ def _work(
         state = "interrupted"
         raise
     finally:
-        progress.close()
+        progress.waits("writing down what was done")
         run["state"] = state
         run["seconds"] = round(time.monotonic() - began, 3)
         run["images_per_s"] = round(progress.rate(), 3)
@@ -217,6 +223,7 @@ def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress, index: 
     size = job.config.actors.in_flight
     blocks = [todo.slice(start, size) for start in range(0, len(todo), size)]
     least, most = plan.pool(len(blocks))
+    progress.actors = Actors(most, plan.gpus > 0)
     ledger = Ledger.start()
     # Not `from_arrow`: it starts a task for each block at once, whatever there is room for, which
     # takes minutes for a million images, and a cluster that grows would start every node it may.
@@ -239,20 +246,11 @@ def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress, index: 
         num_gpus=plan.gpus,
         resources=dict(plan.resources),
     )
-    saved = time.monotonic()
+    rare_s = interval_s(plan.max_actors)
+    hears = listening(ledger, progress.hear, max(GONE_S, 5 * rare_s))
     try:
-        for counts in dataset.iter_rows():
-            progress.add(counts["labelled"], counts["failed"])
-            index.tell(Written(**part) for part in counts["written"])
-            if time.monotonic() - saved > INDEX_EVERY_S:
-                index.save(job.folder, look=True)
-                saved = time.monotonic()
-            limit = job.config.max_errors
-            if limit is not None and progress.failed > limit:
-                raise WorkError(
-                    f"max_errors must be >= the images that fail, got {limit}; "
-                    f"{progress.failed} failed so far, see {job.folder.uri}/errors"
-                )
+        with hears if progress.show else contextlib.nullcontext():
+            _take_in(job, dataset, progress, index)
     except RayError as e:
         raise WorkError(last_line(e)) from e
     except ExecutionTimeoutError as e:
@@ -261,3 +259,20 @@ def _do_blocks(job: Job, todo: pa.Table, plan: Plan, progress: Progress, index: 
     finally:
         with contextlib.suppress(RayError):
             ledger.close()
+
+
+def _take_in(job: Job, dataset: ray.data.Dataset, progress: Progress, index: PartIndex) -> None:
+    """Count the blocks as they come. Raises: WorkError once too many images have failed."""
+    saved = time.monotonic()
+    for counts in dataset.iter_rows():
+        progress.add(counts["labelled"], counts["failed"], counts)
+        index.tell(Written(**part) for part in counts["written"])
+        if time.monotonic() - saved > INDEX_EVERY_S:
+            index.save(job.folder, look=True)
+            saved = time.monotonic()
+        limit = job.config.max_errors
+        if limit is not None and progress.failed > limit:
+            raise WorkError(
+                f"max_errors must be >= the images that fail, got {limit}; "
+                f"{progress.failed} failed so far, see {job.folder.uri}/errors"
+            )

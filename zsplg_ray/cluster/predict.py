@@ -23,6 +23,7 @@ from zsplg_ray.cluster.fused import ZeroShotRun
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.parts import labels_row
 from zsplg_ray.cluster.pipeline import run_images
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.config import PredictConfig, UnimatchConfig
 from zsplg_ray.label.compose import Composed
 from zsplg_ray.label.failures import free_memory, is_broken_device, is_out_of_memory
@@ -52,12 +53,15 @@ class Labelled:
     """Of labels/: "model" or "enhanced"."""
 
 
-def predict(config: PredictConfig, *, load: Load | None = None) -> dict[str, Any]:
+def predict(
+    config: PredictConfig, *, load: Load | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Label every image of the source with a model, as far as it is not done yet.
 
     Args:
         config: As the user gave it.
         load: What each actor loads; the default is the model as `config` names it.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of run.json.
@@ -66,11 +70,19 @@ def predict(config: PredictConfig, *, load: Load | None = None) -> dict[str, Any
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; what is finished is kept.
     """
+    with progress or Progress("predict", show=not config.quiet) as progress:
+        return _predict(config, load, progress)
+
+
+def _predict(config: PredictConfig, load: Load | None, progress: Progress) -> dict[str, Any]:
+    """`predict`, under way."""
     folder = RunFolder(config.out)
+    progress.waits("listing the images")
     if Place.parse(config.out).child("train.json").kind() is not None:
         fix = "give a folder of its own"
         raise ValueError(complain("out", "no training run's folder", config.out, fix))
     manifest = list_images(config.images, root=config.root)
+    progress.waits("reading the model")
     student = load_student(config.model, classes=config.classes, backbone=config.backbone)
     zeroshot = ZeroShotRun.open(config.fuse, student.classes) if config.fuse else None
     resolved = resolve(config, student)
@@ -87,7 +99,7 @@ def predict(config: PredictConfig, *, load: Load | None = None) -> dict[str, Any
             log.warning(told, without, len(manifest), config.fuse)
     with only_run(folder):
         task = PredictTask(resolved, student.classes, zeroshot, load or load_model)
-        run_images(resolved, task, folder, manifest, run)
+        run_images(resolved, task, folder, manifest, run, progress)
     return run
 
 

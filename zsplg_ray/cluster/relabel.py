@@ -36,14 +36,17 @@ from zsplg_ray.vocab import ClassList, class_list
 
 log = logging.getLogger(__name__)
 
+UNITS = ("parts", "images")
 
-def relabel(config: RelabelConfig) -> dict[str, Any]:
+
+def relabel(config: RelabelConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Compose the labels of a run anew.
 
     Args:
         config: Every prompts and compose setting as it is to be. To start from those that the
             labels were made with, as the command line does:
             `from_mapping(RelabelConfig, {"run": run, **RunFolder(run).label_settings(), ...})`.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The new content of run.json.
@@ -52,8 +55,15 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; run it again to go on.
     """
+    with progress or Progress("relabel", show=not config.quiet) as progress:
+        return _relabel(config, progress)
+
+
+def _relabel(config: RelabelConfig, progress: Progress) -> dict[str, Any]:
+    """`relabel`, under way."""
     folder = RunFolder(config.run)
     folder.label_settings()  # says so if there is no run
+    progress.waits("reading CLIP, for the class names")
     with only_run(folder):
         run, naming = _prepare(folder, config)
         found = repair(folder)
@@ -63,7 +73,7 @@ def relabel(config: RelabelConfig) -> dict[str, Any]:
         run.setdefault("id", uuid.uuid4().hex)  # the first runs had none
         tracker = RunTracker(config.mlflow, folder, "relabel")
         with tracker.ending(run):
-            run["relabel_seconds"] = _relabel_parts(folder, naming, run, config, tracker)
+            run["relabel_seconds"] = _relabel_parts(folder, naming, run, config, tracker, progress)
             run["labels_state"] = "complete"
             folder.write_run(run)
         if tracker.started:
@@ -109,18 +119,16 @@ def _relabel_parts(
     run: dict[str, Any],
     config: RelabelConfig,
     tracker: RunTracker,
+    progress: Progress,
 ) -> float:
     """Replace every labels part that does not carry the new fingerprint; returns seconds."""
     began = time.monotonic()
     made_with = folder.map_parts(folder.parts("labels"), lambda n: folder.part_meta("labels", n))
     new = run["labels_fingerprint"]
-    names = [
-        name
-        for name in folder.parts("segments")
-        if made_with.get(name, {}).get("labels_fingerprint") != new
-    ]
+    parts = folder.parts("segments")
+    names = [name for name in parts if made_with.get(name, {}).get("labels_fingerprint") != new]
     meta = part_meta(run)
-    progress = Progress(run["counts"]["labelled"], show=not config.quiet)
+    progress.waits("starting Ray")
 
     def one_part(row: dict[str, Any]) -> dict[str, Any]:
         return {"images": relabel_part(folder, row["item"], naming, meta)}
@@ -130,11 +138,13 @@ def _relabel_parts(
             folder.write_run(run)  # from here on labels are mixed, and readers are told so
             tracker.start(run)
             quiet_ray_data()
+            whole = len(names) == len(parts)  # how many images are in some parts nobody knows
+            progress.plan(run["counts"]["labelled"] if whole else len(names), 0, UNITS[whole])
+            progress.start()
             try:
                 for row in ray.data.from_items(names).map(one_part).iter_rows():
-                    progress.add(row["images"], 0)
+                    progress.add(row["images"] if whole else 1)
             except RayError as e:
                 told = f"relabelling stopped ({last_line(e)}); run it again to go on"
                 raise WorkError(told) from e
-    progress.close()
     return round(time.monotonic() - began, 3)

@@ -32,6 +32,7 @@ from PIL import Image
 from zsplg_ray.cluster.ledger import Ledger
 from zsplg_ray.cluster.meter import Meter
 from zsplg_ray.cluster.pipeline import run_images
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.scale_folder import resume, row_bytes
 from zsplg_ray.cluster.simulated import SimulatedTask, Work
 from zsplg_ray.config import LabelConfig
@@ -67,7 +68,7 @@ def label_simulated(
     todo = manifest(images, folder)
     began = time.time()
     with Meter() as meter:
-        run_images(config, task, RunFolder(config.out), todo, run)
+        run_images(config, task, RunFolder(config.out), todo, run, Progress("label", show=False))
     counts = run["counts"]
     if counts["labelled"] != images:
         raise RuntimeError(f"{counts['labelled']} of {images} images labelled")

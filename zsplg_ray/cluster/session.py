@@ -13,6 +13,7 @@ import math
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from ray.exceptions import AuthenticationError
 from ray.util.client import ray as client
 
 from zsplg_ray.cluster.headwatch import watched_head
+from zsplg_ray.cluster.hush import start_line_held_back
 from zsplg_ray.cluster.loopback import loopback_only
 from zsplg_ray.cluster.nodes import ROUNDING, Cluster, share, standing_room
 from zsplg_ray.config import ActorsConfig, RayConfig
@@ -67,6 +69,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
                 stack.enter_context(loopback_only())
             else:
                 _knock(address)
+            if not talk:
+                stack.enter_context(start_line_held_back())
             ray.init(
                 address=address,
                 log_to_driver=talk,
@@ -77,6 +81,8 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         raise _no_session(address, e) from e
     try:
         with contextlib.ExitStack() as stack:
+            if talk:  # Ray prints what workers print; stdout is for results
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             if not client.is_connected():  # from afar nobody but its proxy is to be reached
                 stack.enter_context(watched_head(ray.get_runtime_context().gcs_address))
             yield

@@ -5,7 +5,7 @@ train.json says.
 
     driver: checks everything, then starts Ray Train and watches
       worker x N: student.loop.fit -> checkpoints        controller: train.json, best.pt, last.pt
-    driver's thread: train.json -> lines on stderr, MLflow
+    driver's threads: train.json -> progress on stderr, MLflow
 
 The same command again goes on from the last checkpoint, whoever was killed: a worker (Ray starts it
 again), the driver, or all. No line here differs between laptop and cluster.
@@ -17,11 +17,8 @@ import contextlib
 import functools
 import logging
 import os
-import signal
-import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,9 +38,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.nodes import look_around
+from zsplg_ray.cluster.notes import noting
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.train import Tracker, send_finished
+from zsplg_ray.cluster.training import Training
 from zsplg_ray.cluster.trainrun import (
     CHECKPOINTS,
     describe_training,
@@ -59,12 +58,13 @@ from zsplg_ray.cluster.trainrun import (
     write_training,
 )
 from zsplg_ray.cluster.waiting import telling_of_waits
-from zsplg_ray.cluster.watch import Watcher, duration
+from zsplg_ray.cluster.watch import Watcher
 from zsplg_ray.cluster.worker import Job, Keeper, Stopped, work
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import WorkError, complain, override
 from zsplg_ray.shapes.recipe import with_weights
+from zsplg_ray.signals import interrupts_are_told
 from zsplg_ray.storage import Place
 from zsplg_ray.student.checkpoint import load_init
 from zsplg_ray.student.data import TrainingData
@@ -74,6 +74,8 @@ from zsplg_ray.student.state import Schedule, first_learning_rate, images_a_step
 log = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 2
+STEP_S = 600.0
+"""A worker that has said nothing for so long counts as gone, in what is shown."""
 
 
 def train(
@@ -81,6 +83,7 @@ def train(
     *,
     tags: Mapping[str, str] | None = None,
     callbacks: Sequence[UserCallback] = (),
+    progress: Training | None = None,
 ) -> dict[str, Any]:
     """Train a model, or go on with a run that was interrupted.
 
@@ -89,6 +92,7 @@ def train(
         tags: Further ones for the MLflow run, such as `mlflow.parentRunId`.
         callbacks: Told, beside ours, of every report that has been stored. One that raises
             `Stopped` ends the run early, in the state "stopped".
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of train.json.
@@ -97,7 +101,19 @@ def train(
         ValueError: Bad input; nothing has been written.
         WorkError: The work failed; the last checkpoint is kept.
     """
+    with progress or Training(show=not config.quiet) as progress:
+        return _train(config, tags, callbacks, progress)
+
+
+def _train(
+    config: TrainConfig,
+    tags: Mapping[str, str] | None,
+    callbacks: Sequence[UserCallback],
+    progress: Training,
+) -> dict[str, Any]:
+    """`train`, under way."""
     folder = RunFolder(config.out)
+    progress.waits("listing the images")
     data = TrainingData.open(config)
     schedule = Schedule.of(config, len(data.labelled), len(data.unlabelled))
     run = describe(config, data, schedule, {})
@@ -106,6 +122,7 @@ def train(
         log.info("%s is finished: nothing to do", folder.uri)
         send_finished(config.mlflow, folder, old, tags)
         return old
+    progress.waits("building the model")
     run = describe(config, data, schedule, check_model(with_weights(config), len(data.classes)))
     refuse_other_training(folder, run)
     with only_run(folder):
@@ -113,22 +130,8 @@ def train(
         start = start_of(folder, run)
         tracker = Tracker.of(config.mlflow, folder, run, tags)
         job = Job(anywhere(config), data, schedule, folder, run["attempt"], start)
-        _work(job, run, tracker, callbacks)
+        _work(job, run, Watcher(folder, tracker, progress), callbacks)
     return run
-
-
-def summary(run: Mapping[str, Any], out: str) -> str:
-    """What a person wants to know of a run."""
-    last, best = run["last"], run["best"]
-    told = f"{last['epoch']} epochs in {duration(run['seconds'])}"
-    if best["val_miou"] is not None:
-        told += f"; val mIoU {best['val_miou']:.4f} at epoch {best['epoch']}, the best, "
-        if last["val_miou"] is not None:
-            told += f"and {last['val_miou']:.4f} at the end"
-    lines = [told, f"model: {out}/best.pt"]
-    if run["preview"]:
-        lines.append(f"pictures: {out}/{run['preview']}")
-    return "\n".join(lines)
 
 
 def anywhere(config: TrainConfig) -> TrainConfig:
@@ -198,20 +201,24 @@ def _continued(run: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any
 
 
 def _work(
-    job: Job, run: dict[str, Any], tracker: Tracker, callbacks: Sequence[UserCallback]
+    job: Job, run: dict[str, Any], watcher: Watcher, callbacks: Sequence[UserCallback]
 ) -> None:
     """Train, and keep train.json true, however this ends."""
     folder = job.folder
-    watcher = Watcher(folder, tracker, show=not job.config.quiet)
+    progress = watcher.progress
     began = time.monotonic()
     state = "failed"
     try:
+        progress.waits("starting Ray")
         with ray_session(job.config.ray):
             crew = _crew(job.config)
             check_batches(job.config, crew)
             _begin(job, run, crew, watcher)
             if not is_finished(run):
-                _fit(replace(job, gpus=crew.gpus, threads=crew.threads), crew, callbacks)
+                progress.waits("starting workers")
+                with noting(progress.hear, STEP_S, progress.show) as notes:
+                    here = replace(job, gpus=crew.gpus, threads=crew.threads, notes=notes)
+                    _fit(here, crew, callbacks)
         state = "complete"
     except Stopped:
         state = "stopped"
@@ -219,6 +226,7 @@ def _work(
         state = "interrupted"
         raise
     finally:
+        progress.waits("writing down what was done")
         if _ours(folder, run):
             _settle(job, run, state, time.monotonic() - began, watcher)
 
@@ -283,7 +291,7 @@ def _fit(job: Job, crew: Crew, callbacks: Sequence[UserCallback]) -> None:
     )
     try:
         waits = telling_of_waits([crew.resources], functools.partial(_reached, folder))
-        with waits, _interrupts_are_told():
+        with waits, interrupts_are_told():
             trainer.fit()
     except ControllerError as e:
         cause = e.controller_failure
@@ -310,36 +318,6 @@ def _why(error: BaseException) -> str:
         return last_line(error)
     rank, text = next(iter(told.items()))
     return f"worker {rank} failed more than workers.max_failures times, last with {text}"
-
-
-@contextlib.contextmanager
-def _interrupts_are_told() -> Iterator[None]:
-    """KeyboardInterrupt, whatever is raised in here, if Ctrl-C or SIGTERM came meanwhile.
-
-    For Ctrl-C Ray puts a handler of its own in the place of Python's, and leaves it there: it stops
-    the workers. After either, what `fit` raises differs from time to time. The signal's number
-    comes through the wake-up socket whoever handles it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours, wake = socket.socketpair()
-    ours.setblocking(False)
-    wake.setblocking(False)
-    handler = signal.getsignal(signal.SIGINT)
-    before = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    except BaseException as e:
-        with contextlib.suppress(BlockingIOError):
-            if {signal.SIGINT, signal.SIGTERM} & set(ours.recv(4096)):
-                raise KeyboardInterrupt from e
-        raise
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGINT, handler)
-        ours.close()
-        wake.close()
 
 
 def _ours(folder: RunFolder, run: Mapping[str, Any]) -> bool:

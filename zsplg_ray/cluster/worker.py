@@ -24,6 +24,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from zsplg_ray.cluster.notes import EVERY_S, Notes
 from zsplg_ray.cluster.session import last_line
 from zsplg_ray.cluster.trainrun import (
     CHECKPOINTS,
@@ -40,7 +41,7 @@ from zsplg_ray.shapes.recipe import with_weights
 from zsplg_ray.student.checkpoint import pack
 from zsplg_ray.student.data import TrainingData
 from zsplg_ray.student.loader import batches
-from zsplg_ray.student.loop import Report, fit, validator
+from zsplg_ray.student.loop import Pulse, Report, fit, validator
 from zsplg_ray.student.state import Ranks, Schedule, TrainState
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class Job:
     """Checkpoint of an earlier attempt to go on from, ATTEMPT/NAME below checkpoints/."""
     gpus: float = 0.0
     threads: int = 1
+    notes: Notes | None = None
+    """Where workers say how far they are; None: nobody wants to know."""
 
 
 def work(job: Job) -> None:
@@ -73,6 +76,7 @@ def work(job: Job) -> None:
     torch.set_num_threads(job.threads)
     check_attempt(job.folder, job.attempt)
     ranks = this_rank(job.gpus)
+    pulse = _pulse(job.notes, ranks) if job.notes is not None else None
     config, classes = with_weights(job.config), job.data.classes
     state = TrainState(config, len(classes), job.schedule, ranks, _saved(job))
     loaders = config.train.loader_workers
@@ -87,7 +91,26 @@ def work(job: Job) -> None:
         pin_memory=job.gpus > 0,
     )
     validate = validator(job.data, config, ranks)
-    fit(config, state, source, ranks=ranks, validate=validate, report=_reporter(job, ranks))
+    report = _reporter(job, ranks)
+    fit(config, state, source, ranks=ranks, validate=validate, report=report, pulse=pulse)
+
+
+def _pulse(notes: Notes, ranks: Ranks) -> Pulse:
+    """Says about once a second how far this worker is, from its start on."""
+    who = str(ranks.rank)
+    notes.note(who, {})
+    last = -EVERY_S
+
+    def pulse(step: int, loss: Callable[[], float], judging: bool) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < EVERY_S and not judging:
+            return
+        last = now
+        more = {"loss": loss()} if ranks.lead else {}
+        notes.note(who, {"step": step, "judging": judging, **more})
+
+    return pulse
 
 
 def this_rank(gpus: float) -> Ranks:

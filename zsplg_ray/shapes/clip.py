@@ -138,7 +138,7 @@ def local_dir(weights: Path = WEIGHTS) -> Path:
             (partial / file.name).replace(file)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    logger.info("expanded %s into %s", weights.name, folder)
+    logger.debug("expanded %s into %s", weights.name, folder)
     return folder
 
 

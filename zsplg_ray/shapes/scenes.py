@@ -164,7 +164,7 @@ def write_voc(folder: str | Path, n: int, seed: int, size_px: int = 128) -> None
         mask.save(masks / f"{name}.png")
         names.append(name)
     (splits / "val.txt").write_text("".join(f"{name}\n" for name in names))
-    logger.info("wrote %d scenes to %s", n, root)
+    logger.debug("wrote %d scenes to %s", n, root)
 
 
 def _pick_colour(rng: np.random.Generator, class_index: int) -> str:

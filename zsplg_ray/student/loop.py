@@ -36,6 +36,11 @@ Validate = Callable[[nn.Module], dict[str, Any] | None]
 Called on every rank at the same time."""
 
 
+Pulse = Callable[[int, Callable[[], float], bool], None]
+"""Steps done; the mean loss of this rank since the last validation, read off the device when called
+(which waits for it); whether a validation is next."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What a validation has to say."""
@@ -62,6 +67,7 @@ def fit(
     ranks: Ranks,
     validate: Validate,
     report: Callable[[Report, TrainState], None],
+    pulse: Pulse | None = None,
 ) -> TrainState:
     """Train from the state's step to the end of its schedule.
 
@@ -72,6 +78,7 @@ def fit(
         ranks: Which rank this is.
         validate: Scores a model.
         report: Told every `train.validate_epochs` epochs and at the end, on every rank.
+        pulse: Told of every step, and before each validation.
 
     Raises:
         WorkError: The loss is not finite.
@@ -82,9 +89,13 @@ def fit(
     while state.step < schedule.steps:
         step = next(source)
         meter.add(train_step(state, step, config, ranks), step)
+        if pulse is not None:
+            pulse(state.step, meter.loss, False)
         last = state.step == schedule.steps
         whole = state.step % schedule.steps_per_epoch == 0
         if last or (whole and state.epoch % config.train.validate_epochs == 0):
+            if pulse is not None:
+                pulse(state.step, meter.loss, True)
             report(_judge(state, meter, validate, last), state)
             meter = Meter(ranks)
     return state
@@ -130,6 +141,11 @@ class Meter:
         self.sums += sums
         self.images += sum(len(b.x_image_BCHW) + len(b.u_image_BCHW) for b in step)
         self.bad += sum(b.bad for b in step)
+
+    def loss(self) -> float:
+        """Mean loss of this rank's steps so far; waits for the device."""
+        total, steps = self.sums[[SUMS.index("loss"), SUMS.index("steps")]].tolist()
+        return total / steps if steps else 0.0
 
     def read(self) -> dict[str, float]:
         """Means over steps and ranks. Raises: WorkError if the loss is no number."""

@@ -12,6 +12,7 @@ import ray._private.state
 from ray.exceptions import RayActorError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.tune.left_behind import remove_left_behind
 from zsplg_ray.cluster.tune.train_search import Ears
 
@@ -32,7 +33,8 @@ def states() -> dict[str, str]:
 
 def test_another_ray_is_a_warning_and_told_once(monkeypatch, caplog):
     monkeypatch.delattr(ray._private.state, "state")
-    ears = Ears(SimpleNamespace(), False, lambda number: None)  # type: ignore[arg-type]
+    study, quiet = SimpleNamespace(), Progress("tune train", show=False)
+    ears = Ears(study, quiet, lambda number: None)  # type: ignore[arg-type]
     ears.on_trial_recover(0, [], SimpleNamespace(config={"number": 3}, pickled_error_file=None))
     caplog.clear()
     for _ in range(2):

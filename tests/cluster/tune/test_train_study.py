@@ -314,7 +314,9 @@ def test_what_is_told_of_a_study(tmp_path):
     assert "4 trials" in told[4] and "2 complete, 1 stopped early, 1 failed" in told[4]
     assert "0.2500 with the settings given (trial 0), 0.7500 with those of trial 1" in told[5]
     assert "rests on 2 images" in told[6]
-    assert told[-1] == "settings: study/tuned.yaml, for zsplg train --config study/tuned.yaml"
+    assert "judge on others" in told[6] and "settings  study/tuned.yaml" in told[8]
+    assert told[-1].startswith("  train  zsplg train --config study/tuned.yaml --labeled ")
+    assert told[-1].endswith("--out MODEL")
     record = study.record["config"]
     assert trial_line(study.trials[2], 61, True, record) == (
         "trial 2 of 4 stopped: val mIoU 0.5000 (best), 1 of 9 epochs, 1 min 01 s; "
@@ -323,10 +325,11 @@ def test_what_is_told_of_a_study(tmp_path):
     assert "failed: no memory" in trial_line(study.trials[3], 61, False, record)
 
     study.record["config"]["out"] = "s3://a/b c?endpoint_override=x:1&scheme=http"
-    model, settings = summary(study.record).splitlines()[-2:]
-    assert model == "model: 's3://a/b%20c/best.pt?endpoint_override=x:1&scheme=http'"
-    file = "'s3://a/b%20c/tuned.yaml?endpoint_override=x:1&scheme=http'"
-    assert settings == f"settings: {file}, for zsplg train --config {file}"
+    *_, model, settings, _, judge, train = summary(study.record).splitlines()
+    assert model.split() == ["model", "s3://a/b%20c/best.pt?endpoint_override=x:1&scheme=http"]
+    file = "s3://a/b%20c/tuned.yaml?endpoint_override=x:1&scheme=http"
+    assert settings.split() == ["settings", file] and f"train --config '{file}'" in train
+    assert "zsplg evaluate 's3://a/b%20c/best.pt?" in judge
     study.record["config"]["out"] = "my study/"
     assert "zsplg evaluate 'my study/best.pt' --truth" in summary(study.record)
 

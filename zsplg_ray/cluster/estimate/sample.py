@@ -100,14 +100,17 @@ def measure(
     if device == "cpu":
         torch.set_num_threads(threads)
     try:
-        began = time.perf_counter()
-        labeler = task.load(device).labeler
-        load_s = time.perf_counter() - began
-        assert isinstance(labeler, Labeler), "whose parts a clock can be put on"
-        run = _Run(task, labeler, meta, clock_of(device), Progress(len(rows), show=show))
-        for start in range(0, len(rows), task.config.actors.in_flight):
-            run.block(rows[start : start + task.config.actors.in_flight])
-        run.progress.close()
+        with Progress("estimate", show) as progress:
+            progress.waits("loading the models")
+            began = time.perf_counter()
+            labeler = task.load(device).labeler
+            load_s = time.perf_counter() - began
+            assert isinstance(labeler, Labeler), "whose parts a clock can be put on"
+            progress.plan(len(rows))
+            progress.start()
+            run = _Run(task, labeler, meta, clock_of(device), progress)
+            for start in range(0, len(rows), task.config.actors.in_flight):
+                run.block(rows[start : start + task.config.actors.in_flight])
     finally:
         torch.set_num_threads(before)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"

@@ -30,6 +30,7 @@ from ray.exceptions import RayError
 
 from zsplg_ray import __version__
 from zsplg_ray.cluster.lock import only_run
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import last_line, ray_session
 from zsplg_ray.cluster.track.store import PREFIX
 from zsplg_ray.cluster.track.study import StudyTracker
@@ -41,7 +42,6 @@ from zsplg_ray.cluster.tune.candidates import (
     read_images,
     text_banks,
 )
-from zsplg_ray.cluster.tune.counting import Count
 from zsplg_ray.cluster.tune.folds import split
 from zsplg_ray.cluster.tune.judgement import Subject, Verdict, compose_config, judge
 from zsplg_ray.cluster.tune.labels_report import Found, describe, summary, write_study
@@ -63,11 +63,12 @@ FEW_IMAGES, FOLDS_OF_FEW = 100, 5
 """Under so many labelled images one held-out part would say too little: as many folds instead."""
 
 
-def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
+def tune_labels(config: TuneLabelsConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Find the compose settings that name the segments best.
 
     Args:
         config: As the user gave it.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         `runs`: what each run's tune.json holds (see tune_report.describe), and `best`: the folder
@@ -77,7 +78,14 @@ def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written but the cache of regions.
         WorkError: The work failed; run it again.
     """
+    with progress or Progress("tune labels", show=not config.quiet) as progress:
+        return _tune_labels(config, progress)
+
+
+def _tune_labels(config: TuneLabelsConfig, progress: Progress) -> dict[str, Any]:
+    """`tune_labels`, under way."""
     check_over(config.search.over, config.templates)
+    progress.waits("looking at runs and masks")
     truth = open_truth(config.truth, root=config.root)
     candidates = open_candidates(config.run, truth)
     images = labelled_images(candidates, truth)
@@ -85,19 +93,23 @@ def tune_labels(config: TuneLabelsConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         for candidate in candidates:
             held.enter_context(only_run(candidate.folder))
+        progress.waits("reading CLIP, for the class names")
         banks = [text_banks(candidate, config.templates) for candidate in candidates]
+        progress.waits("starting Ray")
         held.enter_context(ray_session(config.ray))
-        with Count("images read", len(images.ids) * len(candidates), not config.quiet) as told:
-            seen = [
-                read_images(candidate, images, truth, texts, told)
-                for candidate, texts in zip(candidates, banks, strict=True)
-            ]
+        progress.plan(len(images.ids) * len(candidates), unit="masks and their segments read")
+        progress.start()
+        seen = [
+            read_images(candidate, images, truth, texts, progress.add)
+            for candidate, texts in zip(candidates, banks, strict=True)
+        ]
         seen = [[one for one in mine if len(one.regions)] for mine in seen]  # else all of it is 255
         images = images.only([one.image_id for one in seen[0]])
         folds = _folds(config, len(images.ids))
         holds = [one.classes for one in seen[0]]
         group_I = split(holds, folds, config.holdout, _seed(config))
-        study = _Study(config, candidates, images, folds, group_I)
+        progress.waits("preparing the search")
+        study = _Study(config, candidates, images, folds, group_I, progress)
         return study.run(seen)
 
 
@@ -126,8 +138,10 @@ class _Study:
         images: Images,
         folds: int,
         group_I: np.ndarray,
+        progress: Progress,
     ) -> None:
         self.config, self.candidates, self.images = config, candidates, images
+        self.progress = progress
         self.group_I, self.n_groups = group_I, max(folds, 2)
         self.held_out: list[int | None] = [1] if folds == 1 else [*range(folds), None]
         """For each search of a run the group that it does not see. The last search is the one whose
@@ -153,6 +167,7 @@ class _Study:
             began = time.monotonic()
             refs = [ray.put(subject) for subject in subjects]
             self._search([s for mine in searches for s in mine], refs, trackers)
+            self.progress.waits("judging what was found")
             verdicts = self._judge(searches, refs)
             seconds = time.monotonic() - began
             studies = [
@@ -214,23 +229,30 @@ class _Study:
         trackers: Sequence[StudyTracker],
     ) -> None:
         """All settings of all searches; those of the final ones go to MLflow as they come."""
-        total = sum(search.trials for search in searches)
-        with Count("settings tried", total, not self.config.quiet) as told:
+        progress = self.progress
+        progress.plan(sum(search.trials for search in searches), unit="settings tried")
+        progress.start()
+        best = 0.0
 
-            def tell(search: Search, tried: Tried) -> None:
-                told(1)
-                if search.held_out == self.held_out[-1]:
-                    trackers[search.run].trial(
-                        tried.number,
-                        tried.settings,
-                        tried.metrics,
-                        "complete",
-                        tried.began_s,
-                        tried.ended_s,
-                    )
+        def tell(search: Search, tried: Tried) -> None:
+            nonlocal best
+            progress.add(1)
+            if search.held_out != self.held_out[-1]:
+                return
+            if tried.metrics["miou"] > best:
+                best = tried.metrics["miou"]
+                progress.more = (f"best mIoU so far {best:.4f}",)
+            trackers[search.run].trial(
+                tried.number,
+                tried.settings,
+                tried.metrics,
+                "complete",
+                tried.began_s,
+                tried.ended_s,
+            )
 
-            concurrent = self.config.search.concurrent
-            run_searches(searches, subjects, concurrent=concurrent, told=tell)
+        concurrent = self.config.search.concurrent
+        run_searches(searches, subjects, concurrent=concurrent, told=tell)
 
     def _judge(
         self, searches: Sequence[Sequence[Search]], subjects: Sequence[ray.ObjectRef]

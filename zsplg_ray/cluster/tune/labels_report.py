@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import math
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from zsplg_ray.cluster.tune.tuned import NAME, tuned_file, write_tuned
 from zsplg_ray.label.space import TEMPLATES
 from zsplg_ray.label.sweep import miou
 from zsplg_ray.label.templates import template_set
+from zsplg_ray.summary import command, counted, duration, told
 from zsplg_ray.views import figures
 
 TITLES = {"default": "as labelled", "tuned": "tuned", "per_class": "per class"}
@@ -164,8 +164,7 @@ def header(study: Mapping[str, Any]) -> list[str]:
 
 def relabel_command(folder: str) -> str:
     """What makes the labels of a run anew with what was found."""
-    run, file = shlex.quote(folder), shlex.quote(tuned_file(folder))
-    return f"zsplg relabel --run {run} --config {file}"
+    return command("relabel", "--run", folder, "--config", tuned_file(folder))
 
 
 def trials_table(search: Search) -> bytes:
@@ -271,27 +270,30 @@ def _doubt(result: Mapping[str, Any]) -> list[str]:
 
 def _of_run(study: Mapping[str, Any]) -> str:
     images, search = study["images"], study["search"]
-    told = [f"{images['labelled']} labelled images, {_folds(search['folds'])}"]
-    told.append(f"{search['tried']:,} settings tried in {search['seconds']:.0f} s")
+    gist = f"{search['tried']:,} settings tried in {duration(search['seconds'])}, "
+    gist += f"on {counted(images['labelled'], 'labelled image')}, {_folds(search['folds'])}"
     if images["without_truth"]:
-        told.append(f"{images['without_truth']} images have no mask")
-    lines = [f"{study['folder']}: {'; '.join(told)}", ""]
+        gist += f"; {counted(images['without_truth'], 'image')} without a mask"
+    lines = [gist]
     lines.append(f"{'mIoU':<12}  {'tuning':>15}  {'held out':>15}  {'gain':>16}")
     for name, result in study["result"].items():
         cells = [_value(result["tuning"]), _value(result["held_out"])]
         gain = "" if name == "default" else _gain(result["held_out"]["gain"])
         mark = "  <- chosen" if name == study["chosen"] else ""
         lines.append(f"{TITLES[name]:<12}  {cells[0]:>15}  {cells[1]:>15}  {gain:>16}{mark}")
-    lines.append("")
-    file = tuned_file(study["folder"])
+    folder = study["folder"]
+    places = {
+        "run": folder,
+        "settings": tuned_file(folder),
+        "figures": tuned_file(folder, "tuned"),
+    }
     if study["chosen"] == "default":
-        lines.append("the labels as they are could not be beaten on held-out images;")
-        lines.append(f"{file} holds the settings that they were made with")
-        return "\n".join(lines)
+        lines.append("the labels as they are could not be beaten on held-out images, so the")
+        lines.append("settings that were written are those that they were made with")
+        return told(lines, places)
     lines += _doubt(study["result"][study["chosen"]])
     lines += changes(study["default"], study["settings"])
-    lines += ["", f"next: {relabel_command(study['folder'])}"]
-    return "\n".join(lines)
+    return told(lines, places, [("apply", relabel_command(folder))])
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

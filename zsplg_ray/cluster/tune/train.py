@@ -29,6 +29,7 @@ from ray.tune.error import TuneError
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.nodes import Cluster, look_around
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.store import OFF, PREFIX
 from zsplg_ray.cluster.track.study import StudyTracker
@@ -59,9 +60,13 @@ PARENT_S = 30.0
 _PLACES = ("labeled", "labeled_masks", "unlabeled", "zeroshot", "val", "val_masks", "root", "out")
 
 
-def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
+def tune_train(config: TuneTrainConfig, *, progress: Progress | None = None) -> dict[str, Any]:
     """Search for training settings, or go on with a study: with `--resume` trials that were
     interrupted or failed go on from their last checkpoint, then come those that are left.
+
+    Args:
+        config: As the user gave it.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         The content of tune.json.
@@ -70,12 +75,20 @@ def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
         ValueError: Bad input; nothing has been written.
         WorkError: Every trial failed, or Ray did.
     """
+    with progress or Progress("tune train", show=not config.quiet) as progress:
+        return _tune_train(config, progress)
+
+
+def _tune_train(config: TuneTrainConfig, progress: Progress) -> dict[str, Any]:
+    """`tune_train`, under way."""
     folder, base, space = RunFolder(config.out), base_config(config), search_space(config)
+    progress.waits("listing the images")
     asha = scheduler(config.asha, config.train.epochs)
     data = _data(base)
     steps = Schedule.of(base, len(data.labelled), len(data.unlabelled))
     run = describe(config, data, steps, {})
     refuse_other_study(folder, run, config)  # before any download
+    progress.waits("building the model")
     run = describe(config, data, steps, check_model(with_weights(base), len(data.classes)))
     with only_run(folder):
         old = refuse_other_study(folder, run, config)
@@ -85,7 +98,7 @@ def tune_train(config: TuneTrainConfig) -> dict[str, Any]:
             log.info("%s is finished: nothing to do", folder.uri)
             return old
         study.record["config"] = recorded(config)
-        _work(config, base, space, study, asha)
+        _work(config, base, space, study, asha, progress)
     return study.record
 
 
@@ -125,12 +138,18 @@ def _left(config: TuneTrainConfig, study: Study) -> int:
 
 
 def _work(
-    config: TuneTrainConfig, base: TrainConfig, space: tuple[Dim, ...], study: Study, asha: Any
+    config: TuneTrainConfig,
+    base: TrainConfig,
+    space: tuple[Dim, ...],
+    study: Study,
+    asha: Any,
+    progress: Progress,
 ) -> None:
     """Run what is left, and keep tune.json true, however this ends."""
     state = "failed"
     tracker: StudyTracker | None = None
     try:
+        progress.waits("starting Ray")
         with ray_session(config.ray):
             crew, at_once = room(config)
             check_batches(base, crew)
@@ -142,7 +161,7 @@ def _work(
             _tell(config, study, space, at_once)
             common = _for_trials(base, crew, tracker)
             with quiet_tune():
-                _search(config, common, space, study, asha, at_once, tracker)
+                _search(config, common, space, study, asha, at_once, tracker, progress)
         state = "complete"
         if all(trial["state"] == "failed" for trial in study.trials):
             state = "failed"
@@ -154,6 +173,7 @@ def _work(
     except (TuneError, RayError) as e:
         raise WorkError(last_line(e)) from e
     finally:
+        progress.waits("writing down what was found")
         if tracker is not None:  # else nothing has been written
             _settle(study, state, tracker)
 
@@ -227,11 +247,14 @@ def _search(
     asha: Any,
     at_once: int,
     tracker: StudyTracker,
+    progress: Progress,
 ) -> None:
     """Let Ray Tune run all trials that are left."""
     left = _left(config, study)
     if not left:
         return
+    progress.plan(config.trials, config.trials - left, unit="trials")
+    progress.waits("starting the first trials")
     _forget_tune(study)  # of a start that was killed
     gate: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Gate).remote()
     tags = {f"{PREFIX}study": study.record["id"]}
@@ -257,10 +280,11 @@ def _search(
             storage_filesystem=study.folder.plain_fs,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # it has its own
             failure_config=tune.FailureConfig(max_failures=config.workers.max_failures),
-            callbacks=[Ears(study, not config.quiet, ended)],
+            callbacks=[Ears(study, progress, ended)],
             verbose=0,
         ),
     )
+    progress.pace.start()
     tuner.fit()
 
 

@@ -6,7 +6,6 @@ metrics of MLflow's parent run.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +13,15 @@ from typing import Any
 from zsplg_ray.cluster.trainrun import weight_settings
 from zsplg_ray.cluster.tune.train_space import Params
 from zsplg_ray.cluster.tune.tuned import NAME, tuned_file
-from zsplg_ray.cluster.watch import duration
 from zsplg_ray.config import TrainConfig
 from zsplg_ray.settings import flatten, from_mapping
+from zsplg_ray.summary import command, counted, duration, told
 
 SHOWN = 10
 """Trials in a summary."""
+
+_DATA = ("labeled", "labeled_masks", "unlabeled", "zeroshot", "val", "val_masks", "root", "classes")
+"""Settings of a study that tuned.yaml leaves out."""
 
 _ALSO = ("student.init", "train.validate_epochs")
 
@@ -75,27 +77,37 @@ def summary(study: Mapping[str, Any]) -> str:
         head = f"{t['number']:>5}  {t['val_miou']:>8.4f}  {t['epochs']:>6}  {t['state']:<8}"
         lines.append(f"{head}  {in_short(t['params'])}")
     ended = counts(study)
-    told = f"{sum(ended.values())} trials in {duration(study['seconds'])}"
-    told += f": {ended['complete']} complete"
-    told += f", {ended['stopped']} stopped early" if ended["stopped"] else ""
-    told += f", {ended['failed']} failed" if ended["failed"] else ""
+    gist = f"{counted(sum(ended.values()), 'trial')} in {duration(study['seconds'])}"
+    gist += f": {ended['complete']} complete"
+    gist += f", {ended['stopped']} stopped early" if ended["stopped"] else ""
+    gist += f", {ended['failed']} failed" if ended["failed"] else ""
     best = study["best"]
     if best is None:
-        return told
+        return told([gist])
     out = study["config"]["out"]
-    model, settings = (shlex.quote(tuned_file(out, name)) for name in ("best.pt", NAME))
-    return "\n".join(
-        [
-            *lines,
-            told,
-            f"val mIoU {given_miou(study)} with the settings given (trial 0), "
-            f"{best['val_miou']:.4f} with those of trial {best['number']}",
-            f"the choice rests on {study['data']['validation']['images']} images and flatters "
-            f"itself; on others: zsplg evaluate {model} --truth MASKS",
-            f"model: {model}",
-            f"settings: {settings}, for zsplg train --config {settings}",
-        ]
-    )
+    model, settings = (tuned_file(out, name) for name in ("best.pt", NAME))
+    done = [
+        *lines,
+        gist,
+        f"val mIoU {given_miou(study)} with the settings given (trial 0), "
+        f"{best['val_miou']:.4f} with those of trial {best['number']}",
+        f"the choice rests on {study['data']['validation']['images']} images and flatters "
+        "itself: judge on others",
+    ]
+    then = [
+        ("judge", f"{command('evaluate', model)} --truth MASKS"),
+        ("train", _training(study, settings)),
+    ]
+    return told(done, {"model": model, "settings": settings}, then)
+
+
+def _training(study: Mapping[str, Any], settings: str) -> str:
+    """`zsplg train` with what was found and the data of the study."""
+    words = ["train", "--config", settings]
+    for name in _DATA:
+        if (value := study["config"].get(name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return f"{command(*words)} --out MODEL"
 
 
 def trial_line(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.tune.left_behind import remove_left_behind
 from zsplg_ray.cluster.tune.train_report import trial_line
 from zsplg_ray.cluster.tune.train_space import Dim, propose
@@ -28,6 +28,9 @@ from zsplg_ray.config import AshaConfig, TuneTrainConfig
 from zsplg_ray.settings import complain
 
 log = logging.getLogger(__name__)
+
+MOST_SHOWN = 4
+"""Trials under way of which a person is told."""
 
 LOOK_S = 60.0
 """How long after the death of a trial's process its placement groups are looked for."""
@@ -154,12 +157,12 @@ class Ears(Callback):
 
     Args:
         study: Where it is put down.
-        show: Whether a person is told.
+        progress: Shows a person how far the study is.
         ended: Called with the number of a trial that has ended.
     """
 
-    def __init__(self, study: Study, show: bool, ended: Callable[[int], None]) -> None:
-        self.study, self.show, self.ended = study, show, ended
+    def __init__(self, study: Study, progress: Progress, ended: Callable[[int], None]) -> None:
+        self.study, self.progress, self.ended = study, progress, ended
         self.began: dict[int, float] = {}
         self._look_until = self._looked = 0.0
 
@@ -169,6 +172,7 @@ class Ears(Callback):
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """A process was started for it."""
         self.began.setdefault(trial.config["number"], time.monotonic())
+        self._show()
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
@@ -176,6 +180,7 @@ class Ears(Callback):
         """A validation; the last result, which repeats it, is not one."""
         if ENDED not in result:
             self.study.heard(trial.config["number"], result[TIME], result[METRIC])
+            self._show()
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Its process died; Ray Tune starts another."""
@@ -206,11 +211,25 @@ class Ears(Callback):
         number = trial.config["number"]
         best = self.study.end(number, state, error)
         self.ended(number)
-        if self.show:
-            seconds = time.monotonic() - self.began.get(number, time.monotonic())
-            text = trial_line(self.study.trials[number], seconds, best, self.study.record["config"])
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        seconds = time.monotonic() - self.began.pop(number, time.monotonic())
+        text = trial_line(self.study.trials[number], seconds, best, self.study.record["config"])
+        self.progress.display.say(text)
+        self.progress.add(int(state != "failed"), int(state == "failed"))
+        self._show()
+
+    def _show(self) -> None:
+        """How the study stands: which trials run and how far they are, the best so far."""
+        self.progress.waits(None)
+        epochs = self.study.record["config"]["train.epochs"]
+        told = []
+        for number in sorted(self.began):
+            curve = self.study.curves[number]
+            told.append(f"trial {number} at epoch {curve[-1][1] if curve else 0}/{epochs}")
+        more = [f"and {len(told) - MOST_SHOWN} more"] if len(told) > MOST_SHOWN else []
+        best = self.study.record["best"]
+        if best is not None:
+            more.append(f"best val mIoU {best['val_miou']:.4f} (trial {best['number']})")
+        self.progress.more = tuple(told[:MOST_SHOWN] + more)
 
 
 def _why(trial: Any) -> str:

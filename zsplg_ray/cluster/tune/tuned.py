@@ -7,14 +7,13 @@ nested by section, under a header of comments.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import nest
-from zsplg_ray.storage import Place, is_address
+from zsplg_ray.summary import within
 
 NAME = "tuned.yaml"
 """The file's name, in the folder of a run or of a study."""
@@ -22,9 +21,7 @@ NAME = "tuned.yaml"
 
 def tuned_file(folder: str, name: str = NAME) -> str:
     """Where it, or another file, is in a folder, as a user writes it."""
-    if is_address(folder):
-        return Place.parse(folder).child(name).uri
-    return str(Path(folder, name))
+    return within(folder, name)
 
 
 def write_tuned(folder: RunFolder, values: Mapping[str, Any], header: Sequence[str]) -> None:
