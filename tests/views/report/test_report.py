@@ -148,6 +148,13 @@ def test_truth_of_some_images(tmp_path, run, masks):
     assert page.data[2]["maps"] == [page.data[2]["maps"][0], None]
 
 
+def test_counting_strip_by_strip_gives_the_same(tmp_path, run, masks, monkeypatch):
+    whole, _ = make(tmp_path, run, truth=masks, compare=(run,))
+    monkeypatch.setattr("zsplg_ray.views.report.counts._STRIP_PX", 50)
+    strips, _ = make(tmp_path, run, truth=masks, compare=(run,))
+    assert strips.index == whole.index and strips.text == whole.text
+
+
 def test_the_threshold_curve_is_that_of_relabelling(tmp_path, run, masks):
     """Below .5 nothing changes; up to .9 the cat of a is lost; then the dog is, too."""
     from zsplg_ray.views.report.charts import _thresholded

@@ -171,7 +171,7 @@ def _checked(label_HW: np.ndarray, n_classes: int, labels: Map | None) -> Map:
         (height, width), (h, w) = labels.label_HW.shape, label_HW.shape
         fix = "compare maps of the same image"
         raise ValueError(complain("map", f"{width} x {height} as the labels", f"{w} x {h}", fix))
-    px_256 = np.bincount(label_HW.ravel(), minlength=256)
+    px_256 = _histogram(label_HW)
     wrong = np.flatnonzero(px_256[n_classes:IGNORE])
     if len(wrong):
         rule, fix = f"of class indices below {n_classes}, or {IGNORE}", "bring it to these classes"
@@ -222,8 +222,9 @@ def _count_scores(
         score_HW = np.zeros(label_HW.shape, np.uint8)
         counted.notes.append("its scores are broken")
     if totals is not None:
-        classed = (label_HW != 0) & (label_HW != IGNORE)
-        totals.add("score_256", np.bincount(score_HW[classed], minlength=256))
+        for at in _strips(label_HW):
+            classed = (label_HW[at] != 0) & (label_HW[at] != IGNORE)
+            totals.add("score_256", np.bincount(score_HW[at][classed], minlength=256))
     if truth is None:
         return
     k = len(names)
@@ -267,6 +268,14 @@ def _confusion(truth: Map, pred: Map, n_classes: int) -> np.ndarray:
     for at in _strips(truth.label_HW):
         counts += confusion(truth.label_HW[at], pred.label_HW[at], n_classes)
     return counts
+
+
+def _histogram(map_HW: np.ndarray) -> np.ndarray:
+    """Pixels by value, int64 [256]."""
+    px_256 = np.zeros(256, np.int64)
+    for at in _strips(map_HW):
+        px_256 += np.bincount(map_HW[at].ravel(), minlength=256)
+    return px_256
 
 
 def _strips(map_HW: np.ndarray) -> Iterator[slice]:
