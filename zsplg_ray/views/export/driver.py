@@ -16,7 +16,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,10 +26,10 @@ from zsplg_ray.records import IGNORE
 from zsplg_ray.safe_text import without_credentials
 from zsplg_ray.settings import WorkError, complain
 from zsplg_ray.sources import image_key
-from zsplg_ray.storage import Place, is_address
+from zsplg_ray.views.export.checks import check_links, chosen, free_folder, listed
 from zsplg_ray.views.export.formats import FORMATS
 from zsplg_ray.views.export.images import fetch, put, reference
-from zsplg_ray.views.export.job import Format, Item, Job, Options, Writer
+from zsplg_ray.views.export.job import Format, Item, Job, Writer
 from zsplg_ray.views.export.names import file_names, in_val
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     labels = Labels(config.run, name="run")
     positions: Sequence[int] = range(len(labels))
     if config.ids is not None:
-        positions = _listed(labels, config.ids)
+        positions = listed(labels, config.ids)
     names = ("images", "min_score", "min_area_px", "instances", "val_share", "image_prefix")
     given = {name: getattr(config, name) for name in names}
     return write_export(
@@ -92,28 +91,28 @@ def write_export(
         raise ValueError(
             complain("format", f"one of {', '.join(FORMATS)}", format, "choose one of them")
         )
-    chosen = _chosen(format, kind, options)
+    picked = chosen(format, kind, options)
     positions = range(len(labels)) if positions is None else sorted(set(positions))
-    if chosen.images == "link":
-        _check_links(labels, positions)
-    out = _free_folder(to)
+    if picked.images == "link":
+        check_links(labels, positions)
+    out = free_folder(to)
     hidden = out.parent / f".{out.name[:100]}.{uuid.uuid4().hex}"
     hidden.mkdir(parents=True)
     run = without_credentials(labels.folder.uri)
-    job = Job(hidden, out, run, labels.classes, chosen)
+    job = Job(hidden, out, run, labels.classes, picked)
     try:
         result = _Export(labels, kind, job).run(positions)
         result = {"format": format, "to": str(out), **result}
         if not result["images"]:
             raise WorkError(f"none of {len(positions)} images could be exported to {out}")
         details = {"run": run, "classes": list(labels.classes.names)}
-        record = {**result, **details, "options": dataclasses.asdict(chosen)}
+        record = {**result, **details, "options": dataclasses.asdict(picked)}
         job.write_json(RECORD, record)
         hidden.replace(out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)  # after the rename there is nothing there
-    for listed in ("names", "omitted"):
-        result.pop(listed)
+    for entry in ("names", "omitted"):
+        result.pop(entry)
     return result
 
 
@@ -243,64 +242,3 @@ def _label(row: LabelledImage, n_classes: int, min_score: float | None) -> np.nd
         unsure_HW = score_HW < np.rint(min_score * 255)
         label_HW[unsure_HW & ((label_HW != 0) | (score_HW > 0))] = IGNORE
     return label_HW
-
-
-def _chosen(format: str, kind: Format, given: dict[str, Any]) -> Options:
-    """The options of an export, or a ValueError for one that the format has no place for."""
-    known = {f.name for f in dataclasses.fields(Options)}
-    if unknown := set(given) - known:
-        raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
-    values = {name: value for name, value in given.items() if value is not None}
-    for name in values:
-        if name not in {"images", "min_score", *kind.options}:
-            takers = [f for f, k in FORMATS.items() if name in k.options]
-            rule = f"left out for {format}"
-            fix = f"it is for {', '.join(takers)}"
-            raise ValueError(complain(name, rule, values[name], fix))
-    if values.get("images", kind.images[0]) not in kind.images:
-        rule = f"one of {', '.join(kind.images)} for {format}"
-        raise ValueError(complain("images", rule, values["images"], f"choose {kind.images[0]}"))
-    defaults = {"images": kind.images[0], "instances": kind.instances}
-    return Options(**{**defaults, **values})
-
-
-def _free_folder(to: str) -> Path:
-    """The folder to make. Raises: ValueError if something stands there, or it is elsewhere."""
-    place = Place.parse(to)
-    if place.prefix:
-        fix = "export to a folder here and copy it there"
-        raise ValueError(complain("to", "a folder on this machine", to, fix))
-    out = Path(place.path).resolve()
-    fix = "choose another folder, or remove it"
-    if out.exists() and not out.is_dir():
-        raise ValueError(complain("to", "a folder", to, fix))
-    if out.is_dir() and next(out.iterdir(), None) is not None:
-        raise ValueError(complain("to", "a folder that is empty or not there yet", to, fix))
-    return out
-
-
-def _check_links(labels: Labels, positions: Sequence[int]) -> None:
-    """Raise ValueError unless the images are files on this machine."""
-    uris = labels.small["uri"]
-    far = next((str(uris[p]) for p in positions if is_address(str(uris[p]))), None)
-    if far is not None:
-        rule = "copy or none, where images are no files on this machine"
-        raise ValueError(complain("images", rule, f"link, and an image at {far}", "choose copy"))
-
-
-def _listed(labels: Labels, file: str) -> list[int]:
-    """The positions of the images that a text file lists."""
-    try:
-        text = Place.parse(file).read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        fix = f"check the path ({' '.join(str(e).split())[:200]})"
-        raise ValueError(complain("ids", "a text file of image ids, one a line", file, fix)) from e
-    wanted = [line.strip("\r") for line in text.split("\n") if line.strip()]
-    unknown = next((image_id for image_id in wanted if image_id not in labels), None)
-    if unknown is not None:
-        example = labels.ids[0] if labels.ids else "none"
-        fix = f"the run has ids such as {example}"
-        raise ValueError(complain("ids", "images of the run", unknown, fix))
-    if not wanted:
-        raise ValueError(complain("ids", "a file with ids in it", file, "write one a line"))
-    return sorted({labels.position(image_id) for image_id in wanted})
