@@ -19,8 +19,8 @@ from zsplg_ray.records import IGNORE, encode_png
 from zsplg_ray.views.export.job import Item, Job
 
 SHARD_BYTES = 400 * 2**20
-GROUP_ROWS = 100
-"""Rows that readers take at once."""
+GROUP_ROWS, GROUP_BYTES = 100, 64 * 2**20
+"""What readers take at once, and what is kept here until it is written: at most so much."""
 SPLIT_NAMES = {"train": "train", "val": "validation"}
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _SCALARS = {
@@ -118,6 +118,7 @@ class _Shards:
         self.name = SPLIT_NAMES[split]
         self._job, self._schema = job, schema
         self._rows: list[dict[str, Any]] = []
+        self._waiting = 0
         self._writer: pq.ParquetWriter | None = None
         self._written = 0
         self.rows = self.files = self.table_bytes = self.file_bytes = 0
@@ -125,15 +126,16 @@ class _Shards:
     def add(self, row: dict[str, Any]) -> None:
         """Take a row."""
         self._rows.append(row)
+        self._waiting += sum(len(row[name]["bytes"]) for name in ("image", "label") if name in row)
         self.rows += 1
-        if len(self._rows) == GROUP_ROWS:
+        if len(self._rows) == GROUP_ROWS or self._waiting >= GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if not self._rows:
             return
         table = pa.Table.from_pylist(self._rows, schema=self._schema)
-        self._rows = []
+        self._rows, self._waiting = [], 0
         if self._writer is None:
             path = self._job.path(f"data/{self.name}-{self.files:05d}")
             # Images are compressed already, and a dictionary of pictures would be their copy.

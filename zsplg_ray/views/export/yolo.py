@@ -5,8 +5,7 @@ without background, points as shares of width and height, as Ultralytics' own co
 (the point of a pixel is its index). A class of several parts is a line each. Holes are cut in: the
 polygon goes along a seam from the outline to the hole, around it, and back. (Ultralytics' own
 converter fills holes.) Drawn by cv2.fillPoly, as Ultralytics draws them, polygons give their pixels
-back, but for a few on a seam that has to run slantwise past another hole. The format cannot say
-that a pixel has no label: those (255) become background.
+back. The format cannot say that a pixel has no label: those (255) become background.
 
 Shapes: P, Q points.
 """
@@ -23,8 +22,6 @@ from zsplg_ray.views.export.job import Item, Job, things
 from zsplg_ray.views.export.regions import Region, regions
 
 _DECIMALS = 1_000_000
-_UPWARDS = 0.2
-"""Shares are rounded up: Ultralytics cuts off what stands behind the point of a pixel's index."""
 _MOST_PAIRS = 4_000_000
 
 
@@ -56,8 +53,11 @@ class YoloWriter:
 def _line(region: Region, size_hw: tuple[int, int]) -> str:
     """The line of a connected region."""
     point_P2 = polygon(region.mask_hw) + np.array([region.left, region.top])
-    share_P2 = point_P2 / np.array(size_hw[::-1])
-    share_P2 = np.ceil(share_P2 * _DECIMALS + _UPWARDS) / _DECIMALS
+    side_2 = np.array(size_hw[::-1])
+    share_P2 = np.rint(point_P2 / side_2 * _DECIMALS) / _DECIMALS
+    # Ultralytics cuts off what stands behind the point: 0.333333 of 9 would be pixel 2, not 3.
+    short_P2 = (np.float32(share_P2) * np.float32(side_2)).astype(np.int64) < point_P2
+    share_P2 += short_P2 / _DECIMALS
     text = " ".join(f"{v:.6f}".rstrip("0").rstrip(".") for v in share_P2.ravel().tolist())
     return f"{region.index - 1} {text}\n"
 
