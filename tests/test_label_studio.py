@@ -45,7 +45,7 @@ def test_the_bytes_are_those_of_label_studios_own_encoder():
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 7), (37, 1), (20, 31), (130, 129), (260, 300)])
 def test_masks_come_back(size_hw):
-    rng = np.random.default_rng(size_hw)
+    rng = np.random.default_rng(list(size_hw))
     for share in (0, 0.01, 0.5, 1):
         mask_HW = rng.random(size_hw) < share
         back = decode_brush(encode_brush(mask_HW), *size_hw)

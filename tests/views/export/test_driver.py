@@ -147,6 +147,14 @@ def test_positions_choose_and_numbers_and_names_stay(run, tmp_path):
     assert sorted(i["id"] for i in some) == [2, 5] and all(i in every for i in some)
 
 
+def test_an_image_is_found_by_its_id_with_or_without_suffix(tmp_path):
+    run = put_run(tmp_path / "in", {"voc_1": MAPS["d/0.png"], "d/2.png": MAPS["d/2.png"]})
+    assert [run.position(i) for i in ("d/2", "d/2.png", "voc_1", "voc_1.jpg")] == [0, 0, 1, 1]
+    assert "voc_1.jpg" in run and "voc_2.jpg" not in run and 0 not in run
+    with pytest.raises(KeyError):
+        run.position("voc_2.jpg")
+
+
 def test_a_validation_split_is_told_in_each_format_that_has_one(tmp_path):
     maps = {f"{i}.png": np.ones((4, 4), np.uint8) for i in range(30)}
     run = put_run(tmp_path / "in", maps, per_part=30)

@@ -133,7 +133,7 @@ def test_polygons_keep_holes_and_cut_no_pixel_off_at_any_size():
         drawn_HW = np.zeros_like(label_HW)
         for region in regions(label_HW, "components"):
             share_P2 = np.array(_line(region, size_hw).split()[1:], np.float32).reshape(-1, 2)
-            point_P2 = (share_P2 * np.float32(size_hw[::-1])).astype(np.int32)
+            point_P2 = (share_P2 * np.array(size_hw[::-1], np.float32)).astype(np.int32)
             cv2.fillPoly(drawn_HW, [point_P2], 1)
         assert (drawn_HW == label_HW).all()
 

@@ -7,7 +7,7 @@ polygon goes along a seam from the outline to the hole, around it, and back. (Ul
 converter fills holes.) Drawn by cv2.fillPoly, as Ultralytics draws them, polygons give their pixels
 back. The format cannot say that a pixel has no label: those (255) become background.
 
-Shapes: P, Q points.
+Shapes: h, w pixels of a region's box; P points.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from zsplg_ray.views.export.job import Item, Job, things
 from zsplg_ray.views.export.regions import Region, regions
 
 _DECIMALS = 1_000_000
-_MOST_PAIRS = 4_000_000
 
 
 class YoloWriter:
@@ -63,29 +62,48 @@ def _line(region: Region, size_hw: tuple[int, int]) -> str:
 
 
 def polygon(mask_hw: np.ndarray) -> np.ndarray:
-    """One polygon of a connected mask, holes cut in: int64 [P, 2] of x, y, P >= 3."""
+    """One polygon of a connected mask, holes cut in: int [P, 2] of x, y, P >= 3.
+
+    From the leftmost pixel around a hole a seam goes to the left, as far as the mask does. Where it
+    ends there is the outline, or the edge of a hole that reaches farther to the left; so every hole
+    hangs on another or on the outline, and no seam leaves the mask.
+    """
     contours, levels = cv2.findContours(
         mask_hw.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
-    rings = [contour[:, 0].astype(np.int64) for contour in contours]
-    outline_P2 = next(r for r, level in zip(rings, levels[0], strict=True) if level[3] < 0)
-    holes = [r for r, level in zip(rings, levels[0], strict=True) if level[3] >= 0]
-    for hole_Q2 in sorted(holes, key=lambda ring: tuple(ring.min(axis=0))):
-        outline_P2 = _with_hole(outline_P2, hole_Q2)
-    corner_P2 = _corners(outline_P2)
+    rings = [contour[:, 0] for contour in contours]
+    outer = [level[3] < 0 for level in levels[0]]
+    holes = [ring for ring, is_outer in zip(rings, outer, strict=True) if not is_outer]
+    holes.sort(key=lambda ring: int(ring[:, 0].min()))
+    rings = [rings[outer.index(True)], *holes]
+    owner_hw, place_hw = (np.full(mask_hw.shape, -1, np.int64) for _ in range(2))
+    for number in reversed(range(len(rings))):  # of several rings of a pixel the first one counts
+        x_P, y_P = rings[number].T
+        owner_hw[y_P, x_P], place_hw[y_P, x_P] = number, np.arange(len(x_P))
+    hanging: list[list[tuple[int, np.ndarray]]] = [[] for _ in rings]
+    for number in range(len(rings) - 1, 0, -1):
+        ring_P2 = rings[number]
+        first = int(ring_P2[:, 0].argmin())
+        x, y = ring_P2[first].tolist()
+        ways = [((place - first) % len(ring_P2), hole) for place, hole in hanging[number]]
+        around_P2 = _joined(np.concatenate([ring_P2[first:], ring_P2[: first + 1]]), ways)
+        leftwards = mask_hw[y, x::-1]
+        end = x if leftwards.all() else int(leftwards.argmin()) - 1
+        parent = int(owner_hw[y, x - end])
+        assert 0 <= parent < number, "a seam that ends nowhere"
+        hanging[parent].append((int(place_hw[y, x - end]), around_P2))
+    corner_P2 = _corners(_joined(rings[0], hanging[0]))
     # Again from the start: a point or a line is a polygon too.
     return np.resize(corner_P2, (3, 2)) if len(corner_P2) < 3 else corner_P2
 
 
-def _with_hole(outline_P2: np.ndarray, hole_Q2: np.ndarray) -> np.ndarray:
-    """The outline with a way to the hole, around it and back, where both are nearest."""
-    step = max(1, len(outline_P2) * len(hole_Q2) // _MOST_PAIRS)  # of a huge hole not every point
-    some_Q2 = hole_Q2[::step]
-    distance_PQ = np.abs(outline_P2[:, None] - some_Q2[None]).max(axis=2)
-    p, q = np.unravel_index(int(distance_PQ.argmin()), distance_PQ.shape)
-    q = int(q) * step
-    around_Q2 = np.concatenate([hole_Q2[q:], hole_Q2[: q + 1]])
-    return np.concatenate([outline_P2[: p + 1], around_Q2, outline_P2[p:]])
+def _joined(ring_P2: np.ndarray, ways: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    """A ring with ways inserted: from the point at each place along it and back to that point."""
+    pieces, start = [], 0
+    for place, way_P2 in sorted(ways, key=lambda way: way[0]):
+        pieces += [ring_P2[start : place + 1], way_P2]
+        start = place
+    return np.concatenate([*pieces, ring_P2[start:]])
 
 
 def _corners(outline_P2: np.ndarray) -> np.ndarray:
