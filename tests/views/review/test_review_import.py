@@ -18,6 +18,8 @@ from zsplg_ray.rundir import RunFolder
 from zsplg_ray.sources import list_images
 from zsplg_ray.student.data import TrainingData
 from zsplg_ray.views.evaluate import evaluate
+from zsplg_ray.views.export import write_export
+from zsplg_ray.views.review.corrected import shard_of
 from zsplg_ray.views.review.importing import import_masks, next_command, summary
 from zsplg_ray.vocab import class_list
 
@@ -84,6 +86,15 @@ def test_importing_again_doubles_nothing_and_more_is_added(tmp_path, run):
     assert maps(out)["a.jpg"] == [[1, 1, 1], [1, 1, 1]]
     assert recorded(out)["labels_fingerprint"] != made["labels_fingerprint"]
     assert sorted(row["image_id"] for row in rows(out, "labels")) == ["a.jpg", "b.jpg", "sub/c.jpg"]
+
+
+def test_images_that_share_a_part_do_not_push_each_other_out(tmp_path):
+    names = [f"{n}" for n in range(500) if shard_of(f"{n}.jpg") == shard_of("0.jpg")][:3]
+    run = make_run(tmp_path / "run", {f"{n}.jpg": RUN["a.jpg"] for n in names})
+    for n, name in enumerate(names):
+        take(run, pngs(tmp_path / f"masks {n}", **{name: NEW}), tmp_path / "out")
+    assert maps(tmp_path / "out") == {f"{n}.jpg": NEW for n in names}
+    assert len(list((tmp_path / "out/labels").iterdir())) == 1 and len(names) == 3
 
 
 def test_an_import_that_was_killed_leaves_whole_parts_and_the_next_ends_alike(
@@ -172,6 +183,18 @@ def test_coco_classes_go_by_name(tmp_path, run):
     assert found["a.jpg"] == [[3, 3, 0]] * 2 and found["b.jpg"] == [[1, 1, 0]] * 2
     assert found["sub/c.jpg"] == [[255, 255, 0]] * 2 and "d.jpg" not in found
     assert "got horse" in result["errors"][0]["error"]
+
+
+def test_what_is_drawn_in_coco_on_pixels_without_a_label_counts(tmp_path, run):
+    write_export(Labels(run), "coco", str(tmp_path / "coco"), images="none")
+    file = tmp_path / "coco/annotations/instances_train.json"
+    data = json.loads(file.read_text())
+    drawn = {"segmentation": [[2, 1, 3, 1, 3, 2, 2, 2]], "category_id": 3, "id": 99}
+    data["annotations"].append({**drawn, "image_id": data["images"][0]["id"]})
+    file.write_text(json.dumps(data))
+    take(run, file, tmp_path / "out")
+    assert maps(tmp_path / "out")["a.jpg"] == [[0, 1, 2], [0, 1, 3]]
+    assert maps(tmp_path / "out")["b.jpg"] == [[0, 1, 2], [0, 1, 255]]
 
 
 # Label Studio ------------------------------------------------------------------------------------
