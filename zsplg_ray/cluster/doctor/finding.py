@@ -24,7 +24,7 @@ def met(error: BaseException) -> Finding:
     """An error that a look met; one in the project's form brings its fix with it."""
     text = str(error)
     found = re.fullmatch(r"(.+ must be .+?, got .*?); (.+)", text, re.DOTALL)
-    if isinstance(error, ValueError) and found:
+    if found:
         return finding("fail", *found.groups())
     return finding("fail", f"{type(error).__name__}: {text}", "see the message")
 
