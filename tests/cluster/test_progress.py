@@ -194,6 +194,8 @@ def test_training_tells_steps_between_validations(clock):
     told = plain_line(training.view())
     assert told.startswith("train: 15/40 steps, epoch 2/4, loss 0.5000, 1.00 steps/s, 16.0 images")
     assert told.endswith("2/2 workers up, 25 s left, 15 s so far")
+    training.validated({**RUN, "history": [{"epoch": 1, "step": 10, "loss": 0.6}]})
+    assert training.view().done == 15, "what train.json says lags behind"
     training.hear({"0": {"step": 20, "loss": 0.4, "judging": True}})
     assert training.view().waits == "validating"
     entry = {"epoch": 2, "step": 20, "loss": 0.45, "val_miou": 0.3, "unreadable_images": 2.0}
@@ -209,7 +211,7 @@ def test_a_training_that_goes_on_counts_what_was_done_before_as_no_speed(clock):
     training = Training(show=False, clock=clock)
     entry = {"epoch": 2, "step": 20, "loss": 0.45}
     training.begin({**RUN, "history": [entry]})
-    for second in range(10):
+    for second in range(15):
         clock.now = 100 + second
         training.hear({"0": {"step": 20 + second, "loss": 0.5, "judging": False}})
     assert "1.00 steps/s" in training.view().facts
