@@ -63,6 +63,13 @@ def test_the_share_is_that_of_all_actors_lately(clock):
     assert actors.facts() == ["GPUs busy 75%", "2 actors up"]
 
 
+def test_a_quick_run_knows_how_busy_it_was_from_what_was_handed_over(clock):
+    actors = Actors(1, gpus=True, clock=clock)
+    actors.hear_all({"a": said(0, 0, 0.1)})
+    actors.brought("a", said(24, 0.75, 1.0))
+    assert actors.busy() == 0.75
+
+
 def test_without_gpus_it_is_the_actors_that_are_busy(clock):
     actors = Actors(3, gpus=False, clock=clock)
     actors.hear_all({"a": said(0, 2, 2)})
