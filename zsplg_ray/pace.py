@@ -19,7 +19,7 @@ WINDOW_S = 60.0
 """Least time over which what was done lately is counted."""
 ARRIVALS = 5
 """Least arrivals in a window, where the work is slow."""
-KNOWN_S = 5.0
+KNOWN_S = 10.0
 """For so long nothing is said about the time that is left."""
 SMOOTH_S = 10.0
 """The time at which the work will be done follows what is seen with this time constant."""

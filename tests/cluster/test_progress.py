@@ -63,6 +63,13 @@ def test_the_share_is_that_of_all_actors_lately(clock):
     assert actors.facts() == ["GPUs busy 75%", "2 actors up"]
 
 
+def test_a_quick_run_knows_how_busy_it_was_from_what_was_handed_over(clock):
+    actors = Actors(1, gpus=True, clock=clock)
+    actors.hear_all({"a": said(0, 0, 0.1)})
+    actors.brought("a", said(24, 0.75, 1.0))
+    assert actors.busy() == 0.75
+
+
 def test_without_gpus_it_is_the_actors_that_are_busy(clock):
     actors = Actors(3, gpus=False, clock=clock)
     actors.hear_all({"a": said(0, 2, 2)})
@@ -194,6 +201,8 @@ def test_training_tells_steps_between_validations(clock):
     told = plain_line(training.view())
     assert told.startswith("train: 15/40 steps, epoch 2/4, loss 0.5000, 1.00 steps/s, 16.0 images")
     assert told.endswith("2/2 workers up, 25 s left, 15 s so far")
+    training.validated({**RUN, "history": [{"epoch": 1, "step": 10, "loss": 0.6}]})
+    assert training.view().done == 15, "what train.json says lags behind"
     training.hear({"0": {"step": 20, "loss": 0.4, "judging": True}})
     assert training.view().waits == "validating"
     entry = {"epoch": 2, "step": 20, "loss": 0.45, "val_miou": 0.3, "unreadable_images": 2.0}
@@ -209,7 +218,7 @@ def test_a_training_that_goes_on_counts_what_was_done_before_as_no_speed(clock):
     training = Training(show=False, clock=clock)
     entry = {"epoch": 2, "step": 20, "loss": 0.45}
     training.begin({**RUN, "history": [entry]})
-    for second in range(10):
+    for second in range(15):
         clock.now = 100 + second
         training.hear({"0": {"step": 20 + second, "loss": 0.5, "judging": False}})
     assert "1.00 steps/s" in training.view().facts

@@ -206,6 +206,7 @@ class Actors:
         """What an actor said when it handed over images: all that it had done until then."""
         self._brought[actor] = max(int(said["through"]), self._brought.get(actor, 0))
         self.hear(actor, said)
+        self._sum_up()
 
     def hear_all(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
         """What all that are alive say; what others had under way will be done again."""
@@ -213,6 +214,10 @@ class Actors:
             self.hear(actor, said)
         self._alive = set(notes)
         self.up = len(notes)
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        """What all have said so far, for the share of their time."""
         now = self.clock()
         busy_s, alive_s = (sum(s[k] for s in self._said.values()) for k in ("busy_s", "alive_s"))
         self._sums.append((now, busy_s, alive_s))

@@ -47,7 +47,7 @@ class Training(Shown):
             self.best = run["best"]
             if run["history"]:
                 self.entry = run["history"][-1]
-                self._at(self.entry["step"])
+                self._at(max(self._step, self.entry["step"]))  # workers are further by now
 
     def hear(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
         """What workers say, by rank: `step`; the first one also `loss` and `judging`."""
