@@ -80,8 +80,6 @@ def measured(**changes) -> Measured:
     values = {
         "device": "cpu",
         "threads": 1,
-        "cpus": 2,
-        "load": 0.0,
         "images_at_once": 1,
         "start_s": 36.0,
         "wall_s": seconds,

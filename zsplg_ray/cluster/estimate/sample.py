@@ -10,7 +10,6 @@ The first group is labelled once before the clock starts: compilers and caches w
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,10 +42,6 @@ class Measured:
 
     device: str
     threads: int
-    cpus: int
-    """Of the machine that measured."""
-    load: float
-    """Programs that wanted a CPU there, when it began (the load average of a minute)."""
     images_at_once: int
     start_s: float
     """Seconds for the models to load and warm up: what every actor takes once."""
@@ -96,7 +91,7 @@ def measure(
     Raises: WorkError if the device is broken.
     """
     device = pick_device(task.config.device, has_gpu)
-    before, busy = torch.get_num_threads(), os.getloadavg()[0]
+    before = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(threads)
     try:
@@ -117,8 +112,6 @@ def measure(
     return run.measured(
         device=name,
         threads=threads,
-        cpus=os.cpu_count() or 1,
-        load=busy,
         start_s=load_s + (run.warm_s or 0.0),
     )
 
