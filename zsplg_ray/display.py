@@ -133,6 +133,10 @@ class Screen(Console):
             columns, rows = 80, 24
         return ConsoleDimensions(columns or 80, rows or 24)
 
+    def show_cursor(self, show: bool = True) -> bool:
+        """The cursor stays: whoever is killed could not bring it back."""
+        return False
+
 
 class _Live(Live):
     """Live, which also clears what a terminal that became narrower has wrapped."""
