@@ -65,11 +65,15 @@ def encode_part(table: pa.Table, meta: Mapping[str, Any]) -> pa.Buffer:
     """The bytes of a part; `meta` (fingerprints, class list) goes into its schema metadata."""
     text = json.dumps(meta, ensure_ascii=False).encode()
     sink = pa.BufferOutputStream()
+    sought = [
+        f.name for f in table.schema if not (f.type == pa.binary() or pa.types.is_nested(f.type))
+    ]
     pq.write_table(
         table.replace_schema_metadata({META: text}),
         sink,
         compression="zstd",
         use_dictionary=False,
+        write_statistics=sought,  # the least and the largest PNG would stand there, whole
     )
     return sink.getvalue()
 
