@@ -149,25 +149,20 @@ def evaluate(given: config.EvaluateConfig) -> int:
 def report(given: config.ReportConfig) -> int:
     """Make a page about a run; see config.ReportConfig."""
     from zsplg_ray.views.report import report as make_report
-    from zsplg_ray.views.report import told
+    from zsplg_ray.views.summaries import of_page
 
     result = make_report(given)
-    print(json.dumps(result) if given.json else masked(told(result)))
+    print(json.dumps(result) if given.json else of_page(result))
     return 0
 
 
 def export(given: config.ExportConfig) -> int:
     """Labels in the format of another tool; see config.ExportConfig."""
     from zsplg_ray.views.export import export as run_export
+    from zsplg_ray.views.summaries import of_export
 
     result = run_export(given)
-    if given.json:
-        print(json.dumps(result))
-        return 0
-    counts = [f"{result['left_out'][kind]} {kind}" for kind in sorted(result["left_out"])]
-    left = f", {' and '.join(counts)} left out" if counts else ""
-    print(f"{result['images']} images{left} -> {result['to']} ({result['format']})")
-    print(f"next: {masked(result['next'])}")
+    print(json.dumps(result) if given.json else of_export(result))
     return 0
 
 

@@ -83,6 +83,25 @@ def of_training(run: Mapping[str, Any], given: TrainConfig) -> str:
     return told(done, places, [("judge", judge), ("use", use)])
 
 
+def of_page(result: Mapping[str, Any]) -> str:
+    """The summary of what `report` returned."""
+    images = counted(result["images"], "image")
+    if result["left_out"]:
+        images += f" of {result['images'] + result['left_out']:,}"
+    if result["gone"]:
+        images += f" ({result['gone']:,} without their picture, which cannot be read)"
+    line = f"{images} on one page, {result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s"
+    return told([line], {"page": result["path"], "open": result["url"]})
+
+
+def of_export(result: Mapping[str, Any]) -> str:
+    """The summary of what `export` returned."""
+    left = [f"{n:,} {kind}" for kind, n in sorted(result["left_out"].items())]
+    line = f"{counted(result['images'], 'image')} as {result['format']}"
+    line += f", {' and '.join(left)} left out" if left else ""
+    return told([line], {"labels": result["to"]}, [("import", result["next"])])
+
+
 def of_scenes(given: ShapesConfig) -> str:
     """The summary of scenes that were made."""
     tiny = ("--sam", "shapes", "--clip", "shapes", "--out", _beside(given.out, "labels"))

@@ -224,8 +224,8 @@ def test_the_verb_tells_what_it_did_and_how_to_go_on(run, tmp_path, capsys):
     where = ["export", run.folder.uri, "--to", str(tmp_path / "out"), "--ids", str(ids)]
     assert cli.main([*where, "--limit", "2", "--format", "unimatch"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[0] == f"2 images -> {tmp_path / 'out'} (unimatch)"
-    assert told[1].startswith(f"next: zsplg train --labeled {tmp_path / 'out'}/train.txt")
+    assert told[:-1] == ["2 images as unimatch", f"  labels  {tmp_path / 'out'}", "next"]
+    assert told[-1].startswith(f"  import  zsplg train --labeled {tmp_path / 'out'}/train.txt")
     assert open_truth(str(tmp_path / "out/train.txt")).ids == ["images/d/0", "images/d/2"]
     where = ["export", run.folder.uri, "--to", str(tmp_path / "two"), "--format", "cvat"]
     assert cli.main([*where, "--json"]) == 0

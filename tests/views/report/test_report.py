@@ -28,7 +28,8 @@ from zsplg_ray.config import ReportConfig
 from zsplg_ray.records import LABELS, encode_png
 from zsplg_ray.rundir import RunFolder, part_name
 from zsplg_ray.storage import Place
-from zsplg_ray.views.report import report, told
+from zsplg_ray.views.report import report
+from zsplg_ray.views.summaries import of_page
 from zsplg_ray.vocab import class_list
 
 
@@ -225,7 +226,7 @@ def test_images_that_are_gone_or_broken_are_told(tmp_path):
     assert notes["e"] == ["its address is not known"]
     assert notes["f"] == ["the image cannot be read"]
     assert result["gone"] == 5 and result["counted"] == 5
-    assert "5 without their picture" in told(result)
+    assert "5 without their picture" in of_page(result)
     assert page.data[3]["photo"] and page.data[3]["maps"] == [None, None]
     assert page.images[3]["m"]["doubt"] == 1.0, "broken labels stand in front"
 

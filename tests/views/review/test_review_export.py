@@ -131,7 +131,11 @@ def test_the_command_line_writes_images_and_tells_the_next_command(tmp_path, cap
     argv = ["review", "export", "--run", run, "--to", str(to), "--budget", "5"]
     assert cli.main([*argv, "--format", format]) == 0
     told = capsys.readouterr().out
-    assert told.startswith(f"1 of 1 images picked, in {to}") and told.count("next: ") == 2
+    assert (
+        told.startswith(f"1 of 1 images picked, in {to}")
+        and "\nnext\n  1  " in told
+        and "\n  2  " in told
+    )
     assert "zsplg review import --masks " in told and f"--run {run} --out corrected/" in told
     assert sum(p.read_bytes() == photo.read_bytes() for p in to.rglob("*.png")) == 1
     assert cli.main([*argv, "--format", format]) == 2, "a folder that holds something"

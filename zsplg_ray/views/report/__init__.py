@@ -1,5 +1,5 @@
 """One HTML page about a run, whole in itself, for people to look at."""
 
-from zsplg_ray.views.report.build import report, told
+from zsplg_ray.views.report.build import report
 
-__all__ = ["report", "told"]
+__all__ = ["report"]

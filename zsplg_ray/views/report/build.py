@@ -101,17 +101,6 @@ def report(config: ReportConfig) -> dict[str, Any]:
     }
 
 
-def told(result: Mapping[str, Any]) -> str:
-    """What `report` returned, as lines for a terminal."""
-    images = f"{result['images']} images"
-    if result["left_out"]:
-        images += f" of {result['images'] + result['left_out']}"
-    if result["gone"]:
-        images += f" ({result['gone']} without their picture, which cannot be read)"
-    size = f"{result['bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s"
-    return f"{images} on one page, {size}: {result['path']}\nopen {result['url']}"
-
-
 def _place(config: ReportConfig) -> Place:
     """Where the page goes. Raises: ValueError if that is no place for one."""
     if config.out is None:

@@ -19,9 +19,10 @@ from typing import Any
 from zsplg_ray.config import ReviewExportConfig
 from zsplg_ray.labels import Labels
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.safe_text import masked, one_line, shortened, without_credentials
+from zsplg_ray.safe_text import one_line, shortened, without_credentials
 from zsplg_ray.settings import WorkError, complain, flatten
 from zsplg_ray.sources import image_key
+from zsplg_ray.summary import told
 from zsplg_ray.views.export import write_export
 from zsplg_ray.views.review.choose import COLUMNS, Pick, choose
 from zsplg_ray.views.review.signs import Signs, Source, measure
@@ -109,10 +110,9 @@ def summary(record: Mapping[str, Any]) -> str:
             lines.append(f"{record[key]} images {what}")
     if record["broken"]:
         first = next(iter(record["broken"].items()))
-        told = one_line(shortened(f"{first[0]}: {first[1]}", 200))
-        lines.append(f"{len(record['broken'])} labels could not be read, such as {told}")
-    lines += [f"next: {step}" for step in record["next"]]
-    return masked("\n".join(lines))
+        example = shortened(f"{first[0]}: {first[1]}", 200)
+        lines.append(f"{len(record['broken'])} labels could not be read, such as {example}")
+    return told(lines, then=[(f"{i}", step) for i, step in enumerate(record["next"], start=1)])
 
 
 def _other(config: ReviewExportConfig, labels: Labels) -> Source | None:

@@ -25,6 +25,7 @@ from zsplg_ray.runinfo import recorded
 from zsplg_ray.safe_text import masked, one_line, shortened, without_credentials
 from zsplg_ray.settings import complain, fingerprint
 from zsplg_ray.storage import Place
+from zsplg_ray.summary import told
 from zsplg_ray.views.export import FORMATS
 from zsplg_ray.views.export.names import file_names
 from zsplg_ray.views.review import corrected
@@ -155,9 +156,8 @@ def summary(result: Mapping[str, Any]) -> str:
                 lines.append(f"  ... all of them in {out}/errors")
     if result["merged"]:
         lines.append(f"all labels of the run, the corrected ones in place: {result['merged']}")
-    if result["corrected"]:
-        lines.append("next: " + next_command(result))
-    return masked("\n".join(lines))
+    then = [("train", next_command(result))] if result["corrected"] else []
+    return told(lines, then=then)
 
 
 def next_command(result: Mapping[str, Any]) -> str:
