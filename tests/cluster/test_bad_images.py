@@ -3,17 +3,16 @@
 import io
 import json
 import struct
-import subprocess
-import sys
 import zlib
 
 import pytest
 from PIL import Image
 
+from zsplg_ray import cli
 from zsplg_ray.rundir import RunFolder
 from zsplg_ray.shapes.scenes import make_scene
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
 
 def encoded(kind: str, seed: int = 0, **options) -> bytes:
@@ -57,7 +56,7 @@ BAD = {
 """File name -> content; the twelfth kind is a file that vanishes between listing and reading."""
 
 
-def test_twelve_bad_and_twenty_good(tmp_path):
+def test_twelve_bad_and_twenty_good(tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     for i in range(20):
@@ -68,13 +67,11 @@ def test_twelve_bad_and_twenty_good(tmp_path):
     split = tmp_path / "split.txt"
     split.write_text("\n".join(listed) + "\n")
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "zsplg_ray.cli", "label", "--images", str(split)]
+    command = ["label", "--images", str(split)]
     command += ["--root", str(images), "--classes", "shapes", "--out", str(out), "--json"]
     command += ["--sam", "shapes", "--clip", "shapes", "--sam.points-per-side", "4"]
-    command += ["--ray.num-cpus", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)["counts"]
+    assert cli.main(command) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]
     assert (counts["images"], counts["labelled"], counts["quarantined"]) == (32, 20, 12)
     folder = RunFolder(str(out))
     good, bad = folder.read("segments", ["image_id"]), folder.read("errors")
