@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def standing():
     """Address of a cluster that stays up while drivers and actors on it come and go."""
-    head = {"num_cpus": 4, "include_dashboard": False}
+    head = {"num_cpus": 3, "include_dashboard": False}  # two actors, and who reads for them
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster.address
     cluster.shutdown()

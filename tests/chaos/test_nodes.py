@@ -24,15 +24,16 @@ class Nodes:
     def __init__(self) -> None:
         head = {"num_cpus": 1, "include_dashboard": False, "_system_config": SOON}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.working = [self.add(), self.add()]
+        self.working = []
 
-    def add(self):
-        return self.cluster.add_node(num_cpus=0, num_gpus=1)
+    def add(self) -> None:
+        self.working.append(self.cluster.add_node(num_cpus=0, num_gpus=1))
 
     def kill(self, node) -> float:
         """kill -9 of its raylet, the way a node goes: nobody is told. Returns when."""
         at = time.time()
         node.kill_raylet()
+        self.working.remove(node)
         return at
 
     def of(self, pid: int):
@@ -49,11 +50,19 @@ def raylet(node) -> int | None:
     return found[0].process.pid if found else None
 
 
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
+@pytest.fixture(scope="module")
+def one_head() -> Iterator[Nodes]:
     made = Nodes()
     yield made
     made.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(one_head) -> Nodes:
+    """Two of them work, whatever the test before has killed."""
+    while len(one_head.working) < 2:
+        one_head.add()
+    return one_head
 
 
 TWO = ("--actors.min", "2", "--actors.max", "2", "--actors.gpus", "1", "--device", "cpu")

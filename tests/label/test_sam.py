@@ -48,10 +48,10 @@ def compare(sam: Sam, config: SamConfig, images):
 @pytest.mark.parametrize("crop_n_layers", [0, 1])
 def test_the_same_records_on_scenes(sam, crop_n_layers, min_mask_region_area):
     config = shapes(crop_n_layers=crop_n_layers, min_mask_region_area=min_mask_region_area)
-    n = 60 if crop_n_layers == 0 else 12
+    n = 20 if crop_n_layers == 0 else 4
     found = together(compare(sam, config, [make_scene(seed).image_HWC for seed in range(n)]))
     assert found.ours == found.theirs == found.same_records > 3 * n
-    assert found.identical >= found.theirs - 2, "a pixel may flip where a logit is at the threshold"
+    assert found.identical >= found.theirs - 1, "a pixel may flip where a logit is at the threshold"
     assert found.least_iou > 0.999
     assert found.largest_score_gap < 1e-4
 
