@@ -411,7 +411,7 @@ def test_the_verb(tmp_path, run, capsys):
     assert cli.main(["report", run]) == 0
     page = Path(run) / "report.html"
     out = capsys.readouterr().out
-    assert out.startswith("3 images on one page, 0.") and f"open {page.as_uri()}\n" in out
+    assert out.startswith("3 images on one page, 0.") and f"  open  {page.as_uri()}\n" in out
     assert cli.main(["report", run, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert {"path", "bytes", "images", "seconds"} <= result.keys() and result["images"] == 3
