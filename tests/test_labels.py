@@ -33,11 +33,33 @@ def test_images_come_by_position_id_and_slice_in_the_order_of_ids(made):
     assert labels["d/x"].image_id == "d/x.png", "without its suffix too"
     assert "d/x" in labels and "x" not in labels
     assert [row.image_id for row in labels[2:5]] == labels.ids[2:5]
-    assert sorted(row.image_id for row in labels) == labels.ids
+    assert [row.image_id for row in labels[::3]] == labels.ids[::3]
+    assert [row.image_id for row in labels] == labels.ids
+    assert sorted(row.image_id for row in labels.read(range(7))) == labels.ids
     with pytest.raises(IndexError):
         labels[7]
     with pytest.raises(KeyError):
         labels["none"]
+
+
+def test_a_name_without_suffix_that_two_have_is_nobodys(tmp_path):
+    labels = Labels(made_run(tmp_path, ["a.jpg", "a.png", "b.png"], 2).uri)
+    assert labels["a.jpg"].image_id == "a.jpg" and labels["a.png"].image_id == "a.png"
+    assert "a" not in labels and labels.find("a.webp") is None and labels["b"].image_id == "b.png"
+
+
+def test_parts_are_not_read_again_and_again(made, reads):
+    labels = Labels(made.uri)
+    reads.clear()
+    for i in [0, 6, 3, 1, 5, 2, 4] * 3:
+        assert labels[i].image_id == labels.ids[i]
+    assert len(reads) == 3
+    labels._kept.clear()
+    reads.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zsplg_ray.labels.MOST_KEPT", 0)
+        assert [row.image_id for row in labels] == labels.ids
+    assert len(labels._kept) == 1 and len(reads) > 3
 
 
 def test_of_an_image_that_stands_twice_the_first_counts(made):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from zsplg_ray import config
 from zsplg_ray.labels import LabelledImage, Labels
 from zsplg_ray.rundir import RunFolder
-from zsplg_ray.settings import from_mapping, override
+from zsplg_ray.settings import complain, from_mapping, override
 
 if TYPE_CHECKING:
     from zsplg_ray.label.labeler import Labeler
@@ -35,6 +35,9 @@ __all__ = [
     "relabel",
     "train",
 ]
+
+OF_A_LABELER = ("sam", "clip", "prompts", "compose")
+"""Sections of settings that matter where an array is labelled."""
 
 
 def label(images: str, classes: str, out: str, **settings: Any) -> Labels:
@@ -140,15 +143,19 @@ def load_labeler(classes: str, *, device: str = "cpu", **settings: Any) -> Label
     Args:
         classes: SPEC.
         device: As torch names it: cpu, cuda, cuda:1.
-        **settings: `sam`, `clip`, `prompts`, `compose` as of `zsplg label`.
+        **settings: `sam`, `clip`, `prompts`, `compose` as of `zsplg label`, and no others.
 
     Raises: ValueError: Bad input, or weights that cannot be had.
     """
-    from zsplg_ray.cluster.label import prepare
     from zsplg_ray.label.labeler import Labeler
+    from zsplg_ray.label.naming import prepare
     from zsplg_ray.label.presets import resolve_label
     from zsplg_ray.vocab import class_list
 
+    for name in settings:
+        if name.partition(".")[0] not in OF_A_LABELER:
+            rule, fix = f"one of {', '.join(OF_A_LABELER)}", "leave it out"
+            raise ValueError(complain("setting of a labeler", rule, name, fix))
     given = {"images": ".", "classes": classes, "out": "."} | settings  # places are not looked at
     resolved = resolve_label(from_mapping(config.LabelConfig, given))
     naming, _ = prepare(resolved, class_list(classes))

@@ -9,6 +9,7 @@ Shapes: H, W pixels; C = 3 channels (RGB).
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from zsplg_ray.labels_torch import LabelDataset
+
+MOST_KEPT = 256 * 2**20
+"""Bytes of maps, still PNGs, that a `Labels` keeps of the parts that it read last."""
 
 SMALL = ["image_id", "uri", "width", "height", "class_px", "source", "confidence"]
 """Columns of labels/ without the maps."""
@@ -119,9 +123,11 @@ class Labels(Sequence[LabelledImage]):
                 found.setdefault(image_id, (part, row))
         self.ids: list[str] = sorted(found)
         """Image ids, sorted."""
-        self._kept: tuple[str, pa.Table] | None = None  # the last part: neighbours stand together
+        self._kept: OrderedDict[str, pa.Table] = OrderedDict()
         self._places = [found[image_id] for image_id in self.ids]
-        self._index = {image_key(image_id): i for i, image_id in enumerate(self.ids)}
+        keys = [image_key(image_id) for image_id in self.ids]
+        times = Counter(keys)
+        self._index = {key: i for i, key in enumerate(keys) if times[key] == 1}
         self._index |= {image_id: i for i, image_id in enumerate(self.ids)}
         starts = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
         rows = [int(starts[part]) + row for part, row in self._places]
@@ -135,13 +141,16 @@ class Labels(Sequence[LabelledImage]):
         return isinstance(image, str) and self.find(image) is not None
 
     def position(self, image_id: str) -> int:
-        """Where an image stands, by its id with any image suffix or none. Raises: KeyError."""
+        """Where an image stands, by its id with any image suffix or none.
+
+        Raises: KeyError if it is nowhere, or if without their suffix several are called so.
+        """
         if (found := self.find(image_id)) is None:
             raise KeyError(image_id)
         return found
 
     def find(self, image_id: str) -> int | None:
-        """As `position`; None if the image is nowhere."""
+        """As `position`; None where that raises."""
         found = self._index.get(image_id)
         return self._index.get(image_key(image_id)) if found is None else found
 
@@ -152,18 +161,19 @@ class Labels(Sequence[LabelledImage]):
     def __getitem__(self, which: int | str | slice) -> LabelledImage | list[LabelledImage]:
         """One image by position or id, or some by positions. Raises: IndexError, KeyError."""
         if isinstance(which, slice):
-            return list(self.read(range(*which.indices(len(self)))))
+            return [self[i] for i in range(*which.indices(len(self)))]
         position = self.position(which) if isinstance(which, str) else range(len(self))[which]
         part, row = self._places[position]
-        if self._kept is None or self._kept[0] != part:
-            self._kept = part, self._maps(part)
-        return self._row(position, self._kept[1], row)
+        return self._row(position, self._kept_maps(part), row)
 
     def __iter__(self) -> Iterator[LabelledImage]:
-        return self.read(range(len(self)))
+        return (self[i] for i in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": OrderedDict()}  # another process reads its own
 
     def read(self, positions: Iterable[int]) -> Iterator[LabelledImage]:
-        """Some images, part by part, so that each part is opened once; not in the order asked."""
+        """Some images, part by part, so that each part is opened once: not in the order asked."""
         by_part: dict[str, list[int]] = {}
         for position in positions:
             by_part.setdefault(self._places[position][0], []).append(position)
@@ -171,6 +181,16 @@ class Labels(Sequence[LabelledImage]):
             maps = self._maps(part)
             for position in wanted:
                 yield self._row(position, maps, self._places[position][1])
+
+    def _kept_maps(self, part: str) -> pa.Table:
+        """The maps of a part; the last ones are kept, for images need not come part by part."""
+        if part in self._kept:
+            self._kept.move_to_end(part)
+            return self._kept[part]
+        self._kept[part] = maps = self._maps(part)
+        while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > MOST_KEPT:
+            self._kept.popitem(last=False)
+        return maps
 
     def _maps(self, part: str) -> pa.Table:
         return self.folder.read_part("labels", part, ["label_png", "score_png"])
@@ -183,7 +203,9 @@ class Labels(Sequence[LabelledImage]):
     def to_pandas(self) -> pd.DataFrame:
         """A row an image, without the maps; of each class its share of the image's pixels."""
         frame = self.small.drop_columns(["class_px"]).to_pandas()
-        px = np.array(self.small["class_px"].to_pylist(), np.float64).reshape(len(self), -1)
+        px = np.array(self.small["class_px"].to_pylist(), np.float64).reshape(
+            len(self), len(self.classes)
+        )
         area = frame["width"] * frame["height"]
         for name, column in zip(self.classes.names, px.T, strict=True):
             frame[f"share of {name}"] = column / area

@@ -1,5 +1,8 @@
 """The verbs as Python functions do what the command line does."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -28,6 +31,15 @@ def test_label_relabel_and_evaluate(ray_local, scenes, tmp_path):
     labeler = api.load_labeler("shapes", sam="shapes", clip=TINY["clip"])
     _, composed = labeler.label(row.image_HWC)
     assert np.array_equal(composed.label_HW, before[row.image_id]), "without Ray the same"
+
+
+def test_arrays_are_labelled_without_ray():
+    look = "import sys; from zsplg_ray import api; api.load_labeler('shapes', sam='shapes', clip="
+    look += "'shapes'); print({'ray', 'mlflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    with pytest.raises(ValueError, match="setting of a labeler must be one of sam, .*, got quiet"):
+        api.load_labeler("shapes", quiet=True)
 
 
 def test_bad_settings_are_told_by_their_names(tmp_path):

@@ -15,9 +15,10 @@ from tests.cluster.rigged import (
     load_others,
     load_strange,
 )
-from zsplg_ray.cluster.label import label, prepare
+from zsplg_ray.cluster.label import label
 from zsplg_ray.images import decode_image
 from zsplg_ray.label.labeler import Labeler
+from zsplg_ray.label.naming import prepare
 from zsplg_ray.label.presets import resolve_label
 from zsplg_ray.records import decode_png, encode_png, encode_score
 from zsplg_ray.rundir import RunFolder

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from zsplg_ray.cluster.label import label, prepare
+from zsplg_ray.cluster.label import label
 from zsplg_ray.cluster.session import ray_session
 from zsplg_ray.config import LabelConfig, RayConfig
 from zsplg_ray.images import decode_image
 from zsplg_ray.label.labeler import Labeler
+from zsplg_ray.label.naming import prepare
 from zsplg_ray.label.presets import resolve_label
 from zsplg_ray.settings import from_mapping
 from zsplg_ray.shapes.scenes import write_voc

@@ -21,13 +21,13 @@ from zsplg_ray.cluster.pipeline import run_images
 from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.config import LabelConfig
 from zsplg_ray.label.compose import minimum_scores
-from zsplg_ray.label.naming import Naming
-from zsplg_ray.label.presets import resolve_label, unknown_names
+from zsplg_ray.label.naming import Naming, prepare
+from zsplg_ray.label.presets import resolve_label
 from zsplg_ray.records import LABELS, segments_schema
 from zsplg_ray.rundir import Kind, RunFolder, Verb
 from zsplg_ray.runinfo import describe_run, refuse_other_run
 from zsplg_ray.sources import list_images
-from zsplg_ray.vocab import ClassList, class_list
+from zsplg_ray.vocab import class_list
 
 if TYPE_CHECKING:  # SAM and CLIP take seconds to import: only who loads them does
     from zsplg_ray.label.labeler import Labeler, Labelled, LabelsImages
@@ -85,24 +85,6 @@ def _label(config: LabelConfig, load: Load, progress: Progress) -> dict[str, Any
         here = absolute_paths(resolved)
         run_images(here, LabelTask(here, naming, load), folder, manifest, run, progress)
     return run
-
-
-def prepare(resolved: LabelConfig, classes: ClassList) -> tuple[Naming, dict[str, str]]:
-    """Class texts, and SHA-256 of the weights: what the driver needs of SAM and CLIP.
-
-    Raises: ValueError if weights cannot be had or a setting does not fit them.
-    """
-    from zsplg_ray.label.clip import ClipEncoder
-    from zsplg_ray.label.weights import check_sam, load_clip, sam_sha256, state_sha256
-
-    check_sam(resolved.sam)
-    if unknown := unknown_names(resolved.clip.model, classes):
-        log.warning("the tiny CLIP knows only shapes, it cannot tell %s", ", ".join(unknown))
-    model, tokenizer = load_clip(resolved.clip)
-    encoder = ClipEncoder(model, tokenizer, resolved.clip)
-    bank = encoder.encode_classes(classes, resolved.prompts)
-    naming = Naming(classes, bank, resolved.compose)
-    return naming, {"sam": sam_sha256(resolved.sam), "clip": state_sha256(model)}
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import pytest
 
 import zsplg_ray
 from zsplg_ray import cli, config
-from zsplg_ray.cluster.label import prepare
 from zsplg_ray.cluster.submit import follow
 from zsplg_ray.cluster.submit.client import Client
 from zsplg_ray.images import decode_image
 from zsplg_ray.label.labeler import Labeler
+from zsplg_ray.label.naming import prepare
 from zsplg_ray.label.presets import resolve_label
 from zsplg_ray.records import encode_png
 from zsplg_ray.rundir import RunFolder

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 
 from zsplg_ray.cluster.estimate.forecast import Work, forecast
 from zsplg_ray.cluster.estimate.sample import Measured, measure, spread
-from zsplg_ray.cluster.label import LabelTask, Load, prepare
+from zsplg_ray.cluster.label import LabelTask, Load
 from zsplg_ray.cluster.nodes import Cluster, look_around
 from zsplg_ray.cluster.pipeline import plan_for
 from zsplg_ray.cluster.session import Plan, cluster_address, last_line, ray_session
@@ -33,6 +33,7 @@ from zsplg_ray.exactly_once import anti_join, done_ids
 from zsplg_ray.flags import spelled
 from zsplg_ray.label.compose import minimum_scores
 from zsplg_ray.label.labeler import Labeler
+from zsplg_ray.label.naming import prepare
 from zsplg_ray.label.presets import resolve_label
 from zsplg_ray.label.weights import absolute_paths
 from zsplg_ray.rundir import RunFolder
