@@ -65,15 +65,15 @@ def encode_part(table: pa.Table, meta: Mapping[str, Any]) -> pa.Buffer:
     """The bytes of a part; `meta` (fingerprints, class list) goes into its schema metadata."""
     text = json.dumps(meta, ensure_ascii=False).encode()
     sink = pa.BufferOutputStream()
-    sought = [
-        f.name for f in table.schema if not (f.type == pa.binary() or pa.types.is_nested(f.type))
-    ]
+    # Of a PNG the least and the largest would stand in the file once more, whole.
+    plain = [f for f in table.schema if not (f.type == pa.binary() or pa.types.is_nested(f.type))]
+    statistics: Any = [f.name for f in plain]  # its type stub knows of True and False only
     pq.write_table(
         table.replace_schema_metadata({META: text}),
         sink,
         compression="zstd",
         use_dictionary=False,
-        write_statistics=sought,  # the least and the largest PNG would stand there, whole
+        write_statistics=statistics,
     )
     return sink.getvalue()
 

@@ -1,8 +1,8 @@
 """What turns stored segments into labels, without SAM, CLIP and torch.
 
-What enters: segments with embeddings. What leaves: their label map. A `Naming` travels to every worker that
-labels or relabels, and whoever only relabels should not have to load the models for it: that takes
-seconds in each process.
+What enters: segments with embeddings. What leaves: their label map. A `Naming` travels to every
+worker that labels or relabels, and whoever only relabels should not have to load the models for it:
+that takes seconds in each process.
 """
 
 from __future__ import annotations
