@@ -11,9 +11,8 @@ from __future__ import annotations
 import logging
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -27,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _MOST_OF_A_REASON = 160
 """Characters of an error in a summary."""
+_MOST_COMPARED = 500
+"""Characters of an error that are compared with others'; a run keeps no more."""
 
 
 def of_labels(run: Mapping[str, Any], folder: str, preview: str | None, verb: str) -> str:
@@ -133,27 +134,45 @@ def _errors(folder: RunFolder, number: int) -> str:
     """How many images could not be done, and the commonest reason."""
     line = f"{counted(number, 'image')} could not be done"
     try:
-        table = folder.read("errors", ["stage", "error"])
+        alike = failed_alike(folder)
     except (OSError, pa.ArrowException, ValueError) as e:
         log.debug("errors cannot be read: %s", e)
         return line
-    if table is None:
+    if not alike:
         return line
-    reasons: Counter[str] = Counter()
-    example: dict[str, str] = {}
-    for row in table.to_pylist():
-        reason = f"{row['stage']}: {row['error']}"
-        kind = _kind(reason)
-        reasons[kind] += 1
-        example.setdefault(kind, reason)
-    kind, times = reasons.most_common(1)[0]
-    often = f"{times:,} of them: " if len(reasons) > 1 else ""
-    return f"{line} ({often}{one_line(shortened(example[kind], _MOST_OF_A_REASON))})"
+    often = f"{len(alike[0]):,} of them: " if len(alike) > 1 else ""
+    reason = f"{alike[0][0].stage}: {alike[0][0].error}"
+    return f"{line} ({often}{one_line(shortened(reason, _MOST_OF_A_REASON))})"
 
 
-def _kind(reason: str) -> str:
-    """A reason without what differs from image to image: numbers, addresses, quoted names."""
-    return re.sub(r"\d+|'[^']*'|\"[^\"]*\"|\S*/\S*", "_", reason)
+class Failure(NamedTuple):
+    """An image that could not be done."""
+
+    image_id: str
+    stage: str
+    error: str
+
+
+def failed_alike(folder: RunFolder) -> list[list[Failure]]:
+    """The images in errors/ by what was the matter, the commonest first, each by id.
+
+    Reasons are alike if they differ in numbers, addresses and quoted names alone. Of an image that
+    was tried more than once the last row counts.
+
+    Raises: OSError, ValueError, pa.ArrowException if errors/ cannot be read.
+    """
+    table = folder.read("errors", list(Failure._fields))
+    rows = table.to_pylist() if table is not None else []
+    told = (Failure(*(str(row[key] or "") for key in Failure._fields)) for row in rows)
+    alike: dict[tuple[str, str], list[Failure]] = {}
+    for _, one in sorted({one.image_id: one for one in told}.items()):
+        alike.setdefault((one.stage, _kind(one.error)), []).append(one)
+    return sorted(alike.values(), key=len, reverse=True)
+
+
+def _kind(error: str) -> str:
+    """An error without what differs from image to image: numbers, addresses, quoted names."""
+    return re.sub(r"\d+|'[^']*'|\"[^\"]*\"|\S*/\S*", "_", error[:_MOST_COMPARED])
 
 
 def _after(folder: str, verb: str) -> list[Next]:

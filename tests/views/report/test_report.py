@@ -28,7 +28,9 @@ from zsplg_ray.config import ReportConfig
 from zsplg_ray.records import LABELS, encode_png
 from zsplg_ray.rundir import RunFolder, part_name
 from zsplg_ray.storage import Place
-from zsplg_ray.views.report import report
+from zsplg_ray.views.report import build, report
+from zsplg_ray.views.report.records import failures
+from zsplg_ray.views.report.sources import _names
 from zsplg_ray.views.summaries import of_page
 from zsplg_ray.vocab import class_list
 
@@ -188,10 +190,40 @@ def test_other_runs_beside(tmp_path, run):
 
 
 def test_what_went_wrong_is_told(tmp_path, run):
-    put_errors(Path(run), {"x.png": "no x.png here", "y.png": "no y.png here", "z": "torn <b>"})
+    errors = {"x.png": "no '/a/x.png' here", "y.png": "no '/a/y.png' here", "z": "torn <b>"}
+    put_errors(Path(run), errors)
     page, result = make(tmp_path, run)
     assert result["failed"] == 3
-    assert "no IMAGE here x.png, y.png" in page.text and "torn <b>" in page.text
+    assert "no '/a/IMAGE' here x.png, y.png" in page.text and "torn <b>" in page.text
+
+
+@pytest.mark.parametrize(
+    ("image_id", "error", "told"),
+    [
+        ("e", "the header ended; see 'e'", "the header ended; see 'IMAGE'"),
+        ("", "torn", "torn"),
+        ("t", "it didn't end", "it didn't end"),
+        ("a.png", "/d/a.png: not /d/aa.png", "/d/IMAGE: not /d/aa.png"),
+        ("a+(b", 'no "a+(b"', 'no "IMAGE"'),
+    ],
+)
+def test_an_id_is_taken_out_of_a_reason_only_whole(tmp_path, image_id, error, told):
+    put_errors(tmp_path, {image_id: error})
+    assert failures(RunFolder(str(tmp_path)))[1][0].error == told
+
+
+def test_errors_are_read_once_and_without_their_details(tmp_path, run, monkeypatch):
+    put_errors(Path(run), {str(i): f"torn at byte {i}" for i in range(3)})
+    asked, read = [], RunFolder.read
+
+    def noting(self, kind, columns=None):
+        asked.append((kind, columns))
+        return read(self, kind, columns)
+
+    monkeypatch.setattr(RunFolder, "read", noting)
+    page, result = make(tmp_path, run)
+    assert result["failed"] == 3 and "torn at byte 0 0, 1, 2" in page.text
+    assert [a for a in asked if a[0] == "errors"] == [("errors", ["image_id", "stage", "error"])]
 
 
 def test_a_tuned_run(tmp_path, run):
@@ -229,6 +261,21 @@ def test_images_that_are_gone_or_broken_are_told(tmp_path):
     assert "5 without their picture" in of_page(result)
     assert page.data[3]["photo"] and page.data[3]["maps"] == [None, None]
     assert page.images[3]["m"]["doubt"] == 1.0, "broken labels stand in front"
+
+
+def test_an_address_that_is_none_does_not_stop_the_page(tmp_path):
+    run = put_run(tmp_path / "run", [row("a", blocks(0, 1), "http://[x/a.jpg")])
+    page, result = make(tmp_path, run)
+    assert page.images[0]["notes"] == ["its address cannot be understood"]
+    assert result["gone"] == result["counted"] == 1
+
+
+def test_masks_without_any_truth_show_what_needs_none(tmp_path, run):
+    empty = put_masks(tmp_path / "empty", {"a.png": blocks(255), "b.png": blocks(255)})
+    page, result = make(tmp_path, run, truth=empty, compare=(run,))
+    assert result["miou"] is None and "Class balance" in page.text
+    assert "IoU by class" not in page.text and "What is taken for what" not in page.text
+    assert "mIoU, which is highest" not in page.text and "would keep a class if" in page.text
 
 
 def test_masks_that_do_not_fit_are_told_or_refused(tmp_path, run):
@@ -340,6 +387,29 @@ def test_credentials_are_not_on_the_page(tmp_path, run):
     make(tmp_path, run)
     raw = (tmp_path / "page.html").read_text()
     assert "secret" not in raw and "me:pass" not in raw and "***@bucket" in raw
+
+
+@pytest.mark.parametrize(
+    "address", ["s3://AKIA:hush@bucket", "s3://bucket?secret_key=hush", "s3://AKIA:hush@bucket/"]
+)
+def test_a_bucket_is_named_without_credentials(address):
+    first, again, other = _names([address, address, "s3://bucket/runs/one"])
+    assert again == f"{first} (2)" and other == "one"
+    assert first.endswith("bucket") and "hush" not in first and "AKIA" not in first
+
+
+def test_what_is_returned_has_no_credentials(tmp_path, run, monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr(Place, "kind", lambda self: None)
+    monkeypatch.setattr(
+        build, "RunFolder", lambda uri: kept.append(uri) or RunFolder(str(tmp_path))
+    )
+    out = "s3://AKIA:hush@bucket/page.html?secret_key=hush"
+    assert cli.main(["report", run, "--out", out, "--json"]) == 0
+    told = capsys.readouterr().out
+    assert "hush" not in told and "AKIA" not in told and "hush" in kept[0]
+    result = json.loads(told)
+    assert result["path"] == result["url"] == "s3://***@bucket/page.html?secret_key=***"
 
 
 # What is refused ---------------------------------------------------------------------------------

@@ -56,9 +56,10 @@ class Seen:
 def report(config: ReportConfig) -> dict[str, Any]:
     """Make the page about a run.
 
-    Returns: `path` (address of the page) and `url` (to open it by), `bytes`, `seconds`, `images`
-        (shown), `left_out` (labelled, but not shown), `counted` (images behind the charts), `gone`
-        (shown without their picture), `failed` (images in errors/), `miou` (None without truth).
+    Returns: `path` (address of the page) and `url` (to open it by), both without credentials;
+        `bytes`, `seconds`, `images` (shown), `left_out` (labelled, but not shown), `counted`
+        (images behind the charts), `gone` (shown without their picture), `failed` (images in
+        errors/), `miou` (None without truth).
 
     Raises:
         ValueError: There are no whole labels, what is compared is of other classes or images, or
@@ -84,19 +85,20 @@ def report(config: ReportConfig) -> dict[str, Any]:
     shown = choose.shown_positions(seen.counted, doubt, config.max_images)
     if not whole:
         _look(sources, shown, seen, None, camera)
-    html = page.render(_content(sources, totals, seen, shown, doubt))
+    failed = records.failures(labels.folder)
+    html = page.render(_content(sources, totals, seen, shown, doubt, failed))
     RunFolder(out.parent.uri).write_bytes(out.name, html)
     made = charts.mean_iou(totals, sources.classes.names)
     return {
-        "path": out.uri,
-        "url": out.uri if out.prefix else Path(out.path).as_uri(),
+        "path": masked(out.uri) if out.prefix else out.uri,
+        "url": masked(out.uri) if out.prefix else Path(out.path).as_uri(),
         "bytes": len(html),
         "seconds": round(time.monotonic() - began, 3),
         "images": len(shown),
         "left_out": len(labels) - len(shown),
         "counted": totals.images,
         "gone": sum(1 for p in shown if seen.drawn[p]["photo"] is None),
-        "failed": records.failures(labels.folder)[0],
+        "failed": failed[0],
         "miou": made,
     }
 
@@ -196,6 +198,7 @@ def _content(
     seen: Seen,
     shown: Sequence[int],
     doubt: Mapping[int, float],
+    failures: tuple[int, list[records.Reason]],
 ) -> page.Content:
     """Everything that stands on the page."""
     labels, names = sources.run.labels, sources.classes.names
@@ -209,7 +212,7 @@ def _content(
     words = charts.Words(
         names, sources.run.name, others, resolved.get("compose.unsure") == "ignore"
     )
-    failed, reasons = records.failures(labels.folder)
+    failed, reasons = failures
     layers = [(sources.run.name, sources.run.kind), *((o.name, o.kind) for o in sources.others)]
     return page.Content(
         title=sources.run.name,

@@ -28,6 +28,11 @@ def percent(share: float | None) -> str:
     return f"{value:.1f} %" if value >= 0.095 else f"{value:.1g} %"
 
 
+def three(value: float | None) -> str:
+    """A score for people, where small differences count."""
+    return "–" if value is None else f"{value:.3f}"
+
+
 def two(value: float | None) -> str:
     """A score for people."""
     return "–" if value is None else f"{value:.2f}"

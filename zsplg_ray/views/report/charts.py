@@ -15,7 +15,7 @@ from markupsafe import Markup
 from zsplg_ray.metrics import scores
 from zsplg_ray.records import IGNORE
 from zsplg_ray.views.report import svg
-from zsplg_ray.views.report.card import Card, percent, two
+from zsplg_ray.views.report.card import Card, percent, three, two
 from zsplg_ray.views.report.counts import STEPS, Totals
 from zsplg_ray.views.report.matrix import confusion_card
 from zsplg_ray.views.report.svg import tag
@@ -45,7 +45,7 @@ def cards(totals: Totals, class_images: Sequence[int], words: Words) -> list[Car
         words: Names.
     """
     made = []
-    if totals.with_truth:
+    if _judged(totals):
         made += [confusion_card(totals.confusion_KL, words.classes), _iou(totals, words)]
     if totals.score_256.any():
         made += [_threshold(totals, words), _histogram(totals)]
@@ -58,7 +58,7 @@ def cards(totals: Totals, class_images: Sequence[int], words: Words) -> list[Car
 
 
 def mean_iou(totals: Totals, names: Sequence[str]) -> float | None:
-    """Over all counted images with a mask; None if there are none."""
+    """Over all counted images with a mask; None if no pixel has a truth."""
     return scores(totals.confusion_KL, names)["miou"] if totals.with_truth else None
 
 
@@ -72,6 +72,11 @@ def open_share(totals: Totals) -> float | None:
     """Share of all counted pixels that are left open."""
     all_px = int(totals.px_256.sum())
     return int(totals.px_256[IGNORE]) / all_px if all_px else None
+
+
+def _judged(totals: Totals) -> bool:
+    """Whether any pixel has a truth; masks may be all 255."""
+    return bool(totals.confusion_KL.any())
 
 
 def _swatch(index: int, name: str) -> Markup:
@@ -162,7 +167,7 @@ def _iou(totals: Totals, words: Words) -> Card:
         if counts_KL.any():
             told[name] = scores(counts_KL, words.classes)
     rows, absent = _iou_rows({name: result["iou"] for name, result in told.items()}, words)
-    key = [f"{name}: mIoU {result['miou']:.3f}" for name, result in told.items()]
+    key = [f"{name}: mIoU {three(result['miou'])}" for name, result in told.items()]
     body = _key(key) + _rows(("class", "", "IoU"), rows, "IoU by class")
     if absent:
         shown = ", ".join(absent[:20]) + (f", {len(absent) - 20} more" if len(absent) > 20 else "")
@@ -199,7 +204,7 @@ def _histogram(totals: Totals) -> Card:
 def _threshold(totals: Totals, words: Words) -> Card:
     """What a minimum score would leave, and how good that would be."""
     key, plot = ["coverage"], svg.Plot("minimum score")
-    if not totals.with_truth:
+    if not _judged(totals):
         left = totals.score_256.reshape(STEPS, -1).sum(axis=1)[::-1].cumsum()[::-1]
         coverage = left / max(1, int(totals.px_256.sum()))
         points = [(b / STEPS, float(c)) for b, c in enumerate(coverage)]

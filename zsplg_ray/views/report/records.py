@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from zsplg_ray.labels import Labels
 from zsplg_ray.rundir import RunFolder, made_by
 from zsplg_ray.safe_text import masked, shortened
 from zsplg_ray.storage import Place
+from zsplg_ray.views.summaries import failed_alike
 
 log = logging.getLogger(__name__)
 
@@ -110,29 +111,31 @@ def settings(labels: Labels) -> list[tuple[str, str]]:
 
 
 def failures(folder: RunFolder) -> tuple[int, list[Reason]]:
-    """How many images could not be done, and why, the commonest reason first."""
+    """How many images could not be done, and why, the commonest reason first.
+
+    A reason is told in the words of its first image, IMAGE in place of its id.
+    """
     try:
-        table = folder.read("errors")
+        alike = failed_alike(folder)
     except (OSError, ValueError, pa.ArrowException) as e:
         log.warning("errors of %s cannot be read: %s", folder.uri, e)
         return 0, []
-    if table is None:
-        return 0, []
-    rows = {row["image_id"]: row for row in table.to_pylist()}  # the last try counts
-    counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], list[str]] = {}
-    for image_id in sorted(rows):
-        stage, error = (str(rows[image_id].get(key) or "") for key in ("stage", "error"))
-        reason = stage, error.replace(image_id, "IMAGE")
-        counts[reason] += 1
-        some = examples.setdefault(reason, [])
-        if len(some) < MOST_EXAMPLES:
-            some.append(_plain(image_id))
-    told = [
-        Reason(_plain(stage), _plain(error), n, examples[stage, error])
-        for (stage, error), n in counts.most_common(MOST_REASONS)
-    ]
-    return len(rows), told
+    told = []
+    for some in alike[:MOST_REASONS]:
+        first = some[0]
+        error = _without_id(first.error, first.image_id)
+        examples = [_plain(one.image_id) for one in some[:MOST_EXAMPLES]]
+        told.append(Reason(_plain(first.stage), _plain(error), len(some), examples))
+    return sum(map(len, alike)), told
+
+
+def _without_id(error: str, image_id: str) -> str:
+    """An error with IMAGE for an id that is all between two quotes, or the end of a path."""
+    if not image_id or image_id not in error:
+        return error
+    name = re.escape(image_id)
+    whole = rf"(?<=')(?:{name})(?=')|(?<=\")(?:{name})(?=\")|(?<=/)(?:{name})(?=['\"\s:;,)]|$)"
+    return re.sub(whole, "IMAGE", error)
 
 
 def tuned(folder: RunFolder) -> Tuned | None:

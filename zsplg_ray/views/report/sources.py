@@ -18,6 +18,7 @@ import pyarrow as pa
 from zsplg_ray.config import ReportConfig
 from zsplg_ray.labels import LabelledImage, Labels
 from zsplg_ray.masks import Truth, open_truth
+from zsplg_ray.safe_text import masked
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 from zsplg_ray.views.evaluate import check_same
@@ -97,10 +98,14 @@ def open_sources(config: ReportConfig) -> Sources:
 
 
 def _names(folders: Sequence[str]) -> list[str]:
-    """A short name for each folder; of two the same the later one gets a number."""
+    """A short name for each folder; of two the same the later one gets a number.
+
+    A bucket itself has its address for a name, without credentials and options.
+    """
     names: list[str] = []
     for folder in folders:
-        name = PurePosixPath(Place.parse(folder).path.rstrip("/")).name or folder
+        place = Place.parse(folder)
+        name = PurePosixPath(place.path.rstrip("/")).name or masked(place.prefix or place.path)
         same = sum(other == name or other.startswith(f"{name} (") for other in names)
         names.append(f"{name} ({same + 1})" if same else name)
     return names

@@ -77,7 +77,10 @@ class Photographer:
         """
         if not uri:
             return Photo(None, "its address is not known")
-        store = "{0.scheme}://{0.netloc}".format(urlsplit(uri)) if is_address(uri) else ""
+        try:
+            store = "{0.scheme}://{0.netloc}".format(urlsplit(uri)) if is_address(uri) else ""
+        except ValueError:  # such as http://[x/a.jpg
+            return Photo(None, "its address cannot be understood")
         if store and self._failed.get(store, 0) >= _PATIENCE:
             return Photo(None, "the storage does not answer")
         try:
