@@ -146,7 +146,9 @@ def test_polygons_keep_holes_and_cut_no_pixel_off_at_any_size():
     [
         ({}, "/data/local-files/?d=b%20c.png"),
         ({"images": "copy"}, "/data/local-files/?d=out/images/b%20c.png"),
-        ({"image_prefix": "s3://b/photos/"}, "s3://b/photos/b%20c.png"),
+        ({"image_prefix": "s3://b/photos/"}, "s3://b/photos/b c.png"),
+        ({"image_prefix": "azure-blob://c/", "images": "copy"}, "azure-blob://c/images/b c.png"),
+        ({"image_prefix": "/data/local-files/?d=p/"}, "/data/local-files/?d=p/b%20c.png"),
         ({"image_prefix": "http://h/", "images": "copy"}, "http://h/images/b%20c.png"),
     ],
 )

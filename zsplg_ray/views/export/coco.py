@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from zsplg_ray.records import IGNORE
+from zsplg_ray.summary import command
 from zsplg_ray.views.export.job import Item, Job, things
 from zsplg_ray.views.export.json_files import JsonList
 from zsplg_ray.views.export.regions import Region, coco_rle, regions
@@ -46,24 +47,23 @@ class CocoWriter:
             for index, name in things(self.job.classes)
         ]
         info = {"description": "labels by zsplg_ray", "version": "1.0"}
-        images: dict[str, list[Any]] = {split: [] for split in self.job.splits}
         count = 0
         with ExitStack() as stack:
-            files = {}
-            for split in images:
+            files, images = {}, {}
+            for split in self.job.splits:
                 path = self.job.path(f"annotations/instances_{split}.json")
                 head = {"info": info, "licenses": [], "categories": categories}
                 files[split] = stack.enter_context(JsonList(path, head, "annotations"))
+                images[split] = files[split].aside("images")
             for item, (image, annotations) in entries:
-                images[item.split].append(image)
+                images[item.split].add(image)
                 for annotation in annotations:
                     count += 1
                     files[item.split].add({"id": count, "image_id": image["id"], **annotation})
-            for split, file in files.items():
-                file.close(images=images[split])
         self.job.told["instances"] = count
         file = f"{self.job.out}/annotations/instances_train.json"
-        return f"pycocotools.coco.COCO({file!r}), or zsplg evaluate ANOTHER_RUN --truth {file}"
+        again = command("evaluate", "ANOTHER_RUN", "--truth", file)
+        return f"pycocotools.coco.COCO({file!r}), or {again}"
 
 
 def image_record(item: Item) -> dict[str, Any]:

@@ -7,6 +7,7 @@ beside them but is gone, is left out, counted and named.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,11 +15,12 @@ import shutil
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from zsplg_ray.config import ExportConfig
 from zsplg_ray.labels import LabelledImage, Labels
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 RECORD = "export.json"
 _NAMED = 5
 """Images left out that are named in the log; all are in export.json."""
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
+"""What reading a broken part raises."""
 
 
 class _Left(NamedTuple):
@@ -84,7 +88,7 @@ def write_export(
     Raises:
         ValueError: A bad option, or one that the format has no place for; `to` is not empty.
         WorkError: Not one image could be exported.
-        OSError: The folder cannot be written, or the run not read.
+        OSError: The folder cannot be written, or the run not reached any more.
     """
     kind = FORMATS.get(format)
     if kind is None:
@@ -130,7 +134,10 @@ class _Export:
     def run(self, positions: Sequence[int]) -> dict[str, Any]:
         """Export images; the result, with `names` and `omitted` for the record."""
         began = time.monotonic()
-        following = self.writer.finish(self._entries(positions))
+        # Closed at once if the writer fails: threads still at work would make folders again after
+        # they were removed.
+        with contextlib.closing(self._entries(positions)) as entries:
+            following = self.writer.finish(entries)
         if self.left:
             kinds = ", ".join(f"{n} {k}" for k, n in sorted(self._kinds().items()))
             log.warning("%d images are left out (%s):", len(self.left), kinds)
@@ -152,13 +159,13 @@ class _Export:
     def _kinds(self) -> Counter[str]:
         return Counter(left.kind for left in self.left)
 
-    def _entries(self, positions: Sequence[int]) -> Iterator[tuple[Item, Any]]:
+    def _entries(self, positions: Sequence[int]) -> Generator[tuple[Item, Any]]:
         """Entries in the order in which the run is read, worked on by several threads."""
         threads = min(8, os.cpu_count() or 1)
         ahead: deque[Future[Any]] = deque()
         pool = ThreadPoolExecutor(threads)
         try:
-            for row in self.labels.read(positions):
+            for row in self._rows(positions):
                 ahead.append(pool.submit(self._one, row))
                 if len(ahead) > 4 * threads:
                     yield from self._taken(ahead.popleft())
@@ -166,6 +173,37 @@ class _Export:
                 yield from self._taken(ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _rows(self, positions: Sequence[int]) -> Iterator[LabelledImage]:
+        """Rows part by part; the images of parts that cannot be read are left out.
+
+        Raises: OSError if it is not a part that is broken, but the whole run that is gone.
+        """
+        waiting = list(positions)
+        while waiting:
+            read: set[int] = set()
+            try:
+                for row in self.labels.read(waiting):
+                    read.add(self.labels.position(row.image_id))
+                    yield row
+                return
+            except _UNREADABLE:
+                if not self.labels.folder.parts("labels"):
+                    raise
+            # The first one that is missing stands in the broken part: one by one until one is read.
+            waiting = [position for position in waiting if position not in read]
+            for passed, position in enumerate(waiting, start=1):
+                try:
+                    row = self.labels[position]
+                except _UNREADABLE as e:
+                    why = f"its labels cannot be read ({' '.join(str(e).split())[:200]})"
+                    self.left.append(_Left(self.labels.ids[position], "broken", why))
+                else:
+                    yield row
+                    waiting = waiting[passed:]
+                    break
+            else:
+                return
 
     def _taken(self, future: Future[Any]) -> Iterator[tuple[Item, Any]]:
         done = future.result()
@@ -181,6 +219,7 @@ class _Export:
     def _one(self, row: LabelledImage) -> _Left | tuple[Item, Any, bool, int]:
         """What one image needs; runs in a thread."""
         options, position = self.job.options, self.labels.position(row.image_id)
+        row = dataclasses.replace(row, uri=row.uri or "")  # null in runs that others wrote
         try:
             label_HW = _label(row, len(self.labels.classes), options.min_score)
         except ValueError as e:

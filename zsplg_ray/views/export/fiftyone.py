@@ -6,14 +6,19 @@ they stand in mask_targets.json, and load.py shows how both are read.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
 from zsplg_ray.records import IGNORE, encode_png
 from zsplg_ray.views.export.job import Item, Job, things
 
-_LOAD = '''"""Loads this folder into FiftyOne: python load.py, or `dataset = load()`."""
+_LOAD = '''"""Loads this folder into FiftyOne: python load.py [IMAGES], or `dataset = load()`.
+
+IMAGES is the images' folder, by default data/ beside this file.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import fiftyone as fo
@@ -36,7 +41,7 @@ def load(data_path: str = str(HERE / "data"), label_field: str = "labels") -> fo
 
 
 if __name__ == "__main__":
-    session = fo.launch_app(load())
+    session = fo.launch_app(load(*sys.argv[1:2]))
     session.wait()
 '''
 
@@ -58,4 +63,5 @@ class FiftyoneWriter:
         indices = [*(index for index, _ in things(self.job.classes)), IGNORE]
         self.job.write_json("mask_targets.json", {str(k): self.job.name_of(k) for k in indices})
         self.job.write("load.py", _LOAD)
-        return f"python {self.job.out}/load.py"
+        images = " IMAGES" if self.job.options.images == "none" else ""
+        return f"python {shlex.quote(f'{self.job.out}/load.py')}{images}"

@@ -8,6 +8,7 @@ PNG of class indices, 255 = ignore. The card, README.md, has the features and th
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -75,7 +76,8 @@ class HuggingfaceWriter:
         self.job.write("README.md", self._card([s for s in shards.values() if s.rows], names))
         self.job.told["shards"] = sum(each.files for each in shards.values())
         out = str(self.job.out)
-        return f"datasets.load_dataset({out!r}), or hf upload NAME {out} --repo-type dataset"
+        upload = f"hf upload NAME {shlex.quote(out)} --repo-type dataset"
+        return f"datasets.load_dataset({out!r}), or {upload}"
 
     def _card(self, shards: list[_Shards], names: dict[str, str]) -> str:
         """README.md: what the hub and `datasets` read at its head, and the classes."""

@@ -38,9 +38,11 @@ def reference(image_id: str, uri: str) -> str:
 def fetch(row: LabelledImage) -> tuple[bytes, str, bool]:
     """The bytes of an image to be put beside its labels, its suffix, and whether it was turned.
 
-    Raises: OSError if it is not there any more; ValueError if it is no image, or not of the
-        label's size any more.
+    Raises: OSError if it is not there any more, or has no address; ValueError if it is no image, or
+        not of the label's size any more.
     """
+    if not row.uri:
+        raise FileNotFoundError("the run does not tell its address")
     data = read_bytes(row.uri)
     size_hw = image_size(data)
     if size_hw != (row.height, row.width):

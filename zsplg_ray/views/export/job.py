@@ -5,7 +5,8 @@ What enters: options as a caller gives them. What leaves: `Job` (the export as a
 
 Why this way: all that an image needs by itself (decoding, encoding, its own files) is done by
 `Writer.entry`, in several threads at once; what lists the images is written by `Writer.finish` from
-a stream of their entries, so that a million images need no more memory than a hundred.
+a stream of their entries. What grows with the number of images is at most a name, an address or a
+line each, which some lists need to be sorted; maps, regions and records of images go to disk.
 
 Shapes: H, W pixels.
 """

@@ -1,12 +1,13 @@
 """Large JSON files, written item by item.
 
 Enters: values one at a time. Leaves: a file with a list of them, one a line, never as a whole in
-memory.
+memory; a second list may grow in a file of its own until the first one ends.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,9 @@ class JsonList:
     """
 
     def __init__(self, path: Path, before: dict[str, Any] | None = None, key: str = "") -> None:
+        self._path = path
         self._stream = path.open("w", encoding="utf-8", newline="\n")
+        self._asides: dict[str, JsonList] = {}
         self._mapping = before is not None
         self.count = 0
         """Items so far."""
@@ -39,10 +42,22 @@ class JsonList:
         self._stream.write(("," if self.count else "") + "\n" + _text(value))
         self.count += 1
 
-    def close(self, **after: Any) -> None:
-        """End the file; of a mapping with these entries behind the list."""
-        more = "".join(f",\n{_text(k)}: {_text(v)}" for k, v in after.items())
-        self._stream.write("\n]" + (f"{more}}}\n" if self._mapping else "\n"))
+    def aside(self, key: str) -> JsonList:
+        """Another list of the mapping, added to at any time; it will stand behind this one."""
+        assert self._mapping
+        self._asides[key] = JsonList(self._path.with_name(f".{self._path.name}.{key}"))
+        return self._asides[key]
+
+    def close(self) -> None:
+        """End the file."""
+        self._stream.write("\n]")
+        for key, other in self._asides.items():
+            other.close()
+            self._stream.write(f",\n{_text(key)}: ")
+            with other._path.open(encoding="utf-8", newline="\n") as lines:
+                shutil.copyfileobj(lines, self._stream, 2**20)
+            other._path.unlink()
+        self._stream.write("}\n" if self._mapping else "\n")
         self._stream.close()
 
     def __exit__(
@@ -53,7 +68,8 @@ class JsonList:
     ) -> None:
         if kind is None and not self._stream.closed:
             self.close()
-        self._stream.close()
+        for other in (*self._asides.values(), self):
+            other._stream.close()
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
@@ -56,7 +57,8 @@ class LabelStudioWriter:
         where = f"a project with {out}/config.xml as its labelling interface, then import"
         local = ""
         if self.job.options.image_prefix is None:
-            root = out.parent if self.job.options.images != "none" else "the images' folder"
+            put = self.job.options.images != "none"
+            root = shlex.quote(str(out.parent)) if put else "the images' folder"
             local = (
                 f" (LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true, "
                 f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root}, and that as a local storage)"
@@ -70,7 +72,10 @@ class LabelStudioWriter:
             path = item.reference
         else:
             path = item.image if prefix is not None else f"{self.job.out.name}/{item.image}"
-        return (LOCAL_FILES if prefix is None else prefix) + quote(path)
+        prefix = LOCAL_FILES if prefix is None else prefix
+        scheme = prefix.partition("://")[0].lower() if "://" in prefix else "http"
+        # Keys in an object store (s3://, gs://, azure-blob://) are taken as they are.
+        return prefix + (quote(path) if scheme in ("http", "https") else path)
 
     def _result(self, item: Item, number: int, region: Region) -> dict[str, Any]:
         height, width = item.size_hw

@@ -59,20 +59,18 @@ class PanopticWriter:
             for index, name in things(self.job.classes)
         ]
         info = {"description": "labels by zsplg_ray", "version": "1.0"}
-        images: dict[str, list[Any]] = {split: [] for split in self.job.splits}
         count = 0
         with ExitStack() as stack:
-            files = {}
-            for split in images:
+            files, images = {}, {}
+            for split in self.job.splits:
                 path = self.job.path(f"annotations/panoptic_{split}.json")
                 head = {"info": info, "licenses": [], "categories": categories}
                 files[split] = stack.enter_context(JsonList(path, head, "annotations"))
+                images[split] = files[split].aside("images")
             for item, (image, annotation) in entries:
-                images[item.split].append(image)
+                images[item.split].add(image)
                 files[item.split].add(annotation)
                 count += len(annotation["segments_info"])
-            for split, file in files.items():
-                file.close(images=images[split])
         self.job.told["instances"] = count
         made = f"{self.job.out}/annotations/panoptic_train"
         return f"any reader of COCO panoptic: annotations {made}.json, PNGs {made}/"

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from zsplg_ray.settings import complain
 from zsplg_ray.sources import image_key
+from zsplg_ray.summary import command
 from zsplg_ray.views.export.job import Item, Job
 from zsplg_ray.views.export.masks import palette_png, write_classes
 
@@ -40,6 +41,6 @@ class UnimatchWriter:
             self.job.write(f"{split}.txt", "".join(f"{line}\n" for line in sorted(listed)))
         write_classes(self.job)
         out = self.job.out
-        val = f" --val {out}/val.txt" if lines.get("val") else ""
-        labeled = f"--labeled {out}/train.txt{val} --classes {out}/classes.txt"
-        return f"zsplg train {labeled} --unlabeled IMAGES --out MODEL"
+        val = ["--val", f"{out}/val.txt"] if lines.get("val") else []
+        given = ["--labeled", f"{out}/train.txt", *val, "--classes", f"{out}/classes.txt"]
+        return command("train", *given, "--unlabeled", "IMAGES", "--out", "MODEL")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from zsplg_ray.summary import command
 from zsplg_ray.views.export.job import Item, Job
 from zsplg_ray.views.export.masks import palette_png, write_classes
 
@@ -33,4 +34,5 @@ class VocWriter:
         for split, listed in names.items():
             self.job.write(f"{LISTS}/{split}.txt", "".join(f"{n}\n" for n in sorted(listed)))
         write_classes(self.job)
-        return f"zsplg evaluate ANOTHER_RUN --truth {self.job.out}, or any reader of Pascal VOC"
+        again = command("evaluate", "ANOTHER_RUN", "--truth", str(self.job.out))
+        return f"{again}, or any reader of Pascal VOC"

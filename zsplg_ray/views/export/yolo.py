@@ -12,6 +12,7 @@ Shapes: h, w pixels of a region's box; P points.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
 import cv2
@@ -46,7 +47,8 @@ class YoloWriter:
         data = {"train": "images/train", "val": f"images/{self.job.splits[-1]}", "names": names}
         text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
         self.job.write("data.yaml", "# Paths are relative to the folder of this file.\n" + text)
-        return f"yolo segment train data={self.job.out}/data.yaml model=yolo11n-seg.pt"
+        data_yaml = shlex.quote(f"data={self.job.out}/data.yaml")
+        return f"yolo segment train {data_yaml} model=yolo11n-seg.pt"
 
 
 def _line(region: Region, size_hw: tuple[int, int]) -> str:
