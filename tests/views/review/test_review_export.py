@@ -11,7 +11,9 @@ from PIL import Image
 from tests.views.reviewing import make_run
 from zsplg_ray import cli
 from zsplg_ray.config import ReviewExportConfig, ReviewWeights
+from zsplg_ray.rundir import RunFolder
 from zsplg_ray.settings import WorkError
+from zsplg_ray.views.review import exporting
 from zsplg_ray.views.review.exporting import export_picks, summary
 from zsplg_ray.vocab import class_list
 
@@ -92,7 +94,7 @@ def test_where_two_runs_differ(tmp_path, run):
 @pytest.mark.parametrize(
     ("labels", "classes", "words"),
     [
-        ({"sure": label(1, 0.5)}, "tree,car,sky", "compare must be a run with the classes"),
+        ({"sure": label(1, 0.5)}, "tree,car,sky", "classes must be those of the labels in"),
         ({"strange": label(1, 0.5)}, "cat,dog,red panda", "compare must be a run over the same"),
     ],
 )
@@ -110,6 +112,47 @@ def test_broken_labels_are_told(tmp_path):
     assert "1 labels could not be read, such as broken" in summary(record)
     with pytest.raises(WorkError, match="none of the 1 labels"):
         picked(make_run(tmp_path / "bad", {"broken": b"no PNG"}), tmp_path / "nothing")
+
+
+def test_a_torn_part_costs_its_images_only(tmp_path, run, monkeypatch):
+    read = RunFolder.read_part
+    bad = RunFolder(run).parts("labels")[0]
+    lost = set(read(RunFolder(run), "labels", bad, ["image_id"])["image_id"].to_pylist())
+
+    def torn(self, kind, name, columns=None):
+        if self.uri == run and name == bad and "label_png" in (columns or ()):
+            raise OSError("Corrupt snappy compressed data")
+        return read(self, kind, name, columns)
+
+    monkeypatch.setattr(RunFolder, "read_part", torn)
+    record = picked(run, tmp_path / "out", budget=99)
+    assert record["broken"] == dict.fromkeys(lost, "Corrupt snappy compressed data")
+    assert {p["image_id"] for p in record["picks"]} == LABELS.keys() - lost and len(lost) == 3
+    whole = make_run(tmp_path / "whole", LABELS)
+    record = picked(whole, tmp_path / "compared", budget=99, compare=run)
+    assert len(record["picks"]) == len(LABELS) and record["not_compared"] == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"to": "s3://bucket/out"}, "to must be a folder on this machine"),
+        ({"to": "full"}, "to must be a folder that is empty"),
+        ({"image_prefix": "s3://bucket/"}, "image_prefix must be left out for voc"),
+        ({"images": "link"}, "images must be copy or none, where images are no files"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_run_is_measured(
+    tmp_path, monkeypatch, more, words
+):
+    run = make_run(tmp_path / "run", LABELS, photos="s3://bucket/photos")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    monkeypatch.setattr(exporting, "measure", lambda *_: pytest.fail("measured"))
+    more = dict(more)
+    to = more.pop("to", "out")
+    with pytest.raises(ValueError, match=words):
+        picked(run, to if "://" in to else tmp_path / to, **more)
 
 
 def test_names_are_no_formulas_and_no_lines(tmp_path):

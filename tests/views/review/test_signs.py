@@ -6,6 +6,7 @@ import pytest
 from tests.views.reviewing import CLASSES, make_run
 from zsplg_ray.label.segments import Segments
 from zsplg_ray.labels import Labels
+from zsplg_ray.rundir import RunFolder
 from zsplg_ray.views.review.maps import Source
 from zsplg_ray.views.review.signs import PARTS, leads, measure, rarity
 
@@ -106,3 +107,16 @@ def test_broken_rows_are_passed_over(tmp_path):
     table, _, source = parts(make_run(tmp_path / "run", labels, classes=CLASSES, per_part=9))
     assert set(table) == {"a", "d"}
     assert set(source.broken) == {1, 2}
+
+
+def test_a_torn_part_of_segments_costs_its_images_only(tmp_path):
+    labels = {name: np.zeros((4, 8), int) for name in "abcd"}
+    found = {name: segments(square(0, 0)) for name in labels}
+    run = make_run(tmp_path / "run", labels, segments=found, per_part=2)
+    folder = RunFolder(run)
+    for part in folder.parts("segments"):
+        if "a" in folder.read_part("segments", part, ["image_id"])["image_id"].to_pylist():
+            (tmp_path / f"run/segments/{part}.parquet").write_bytes(b"torn")
+    table, _, source = parts(run)
+    assert set(table) == {"c", "d"} and set(source.broken) == {0, 1}
+    assert "its segments cannot be read" in source.broken[0]

@@ -16,7 +16,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,8 @@ class Change:
     replaced: int
     same: int
     """Rows that stood there already, exactly so."""
+    removed: int
+    """Rows that stood there and are to stand there no more."""
 
 
 def shard_of(image_id: str) -> str:
@@ -90,7 +92,7 @@ def check_folder(folder: RunFolder, classes: ClassList) -> None:
 def put_rows(
     folder: RunFolder,
     image_ids: Iterable[str],
-    make: Callable[[str], dict[str, Any] | None],
+    make: Callable[[str], dict[str, Any] | Literal["none"] | None],
     meta: Mapping[str, Any],
 ) -> Change:
     """Write rows, part by part.
@@ -98,17 +100,20 @@ def put_rows(
     Args:
         folder: Checked by `check_folder`.
         image_ids: Whose rows to make.
-        make: The row of one of them, None if it cannot be made: then what stands there stays.
+        make: The row of one of them; "none" if none is to stand there; None if it cannot be made:
+            then what stands there stays.
         meta: The parts' metadata.
     """
     by_part: dict[str, list[str]] = defaultdict(list)
     for image_id in image_ids:
         by_part[shard_of(image_id)].append(image_id)
     there = set(folder.parts("labels"))
-    added = replaced = same = 0
+    added = replaced = same = removed = 0
     for part, ids in sorted(by_part.items()):
-        rows = [row for row in map(make, ids) if row is not None]
-        if not rows:
+        made = {image_id: make(image_id) for image_id in ids}
+        rows = [row for row in made.values() if isinstance(row, dict)]
+        gone = {image_id for image_id, row in made.items() if row == "none"}
+        if not rows and not (gone and part in there):
             continue
         before = folder.read_part("labels", part, LABELS.names) if part in there else None
         old = {row["image_id"]: row for row in before.to_pylist()} if before is not None else {}
@@ -117,11 +122,16 @@ def put_rows(
             same += known is not None and _alike(known, row)
             replaced += known is not None and not _alike(known, row)
             added += known is None
-        merged = old | {row["image_id"]: row for row in rows}
+        removed += len(gone & old.keys())
+        merged = {i: row for i, row in old.items() if i not in gone}
+        merged |= {row["image_id"]: row for row in rows}
+        if not merged:
+            folder.delete_part("labels", part)
+            continue
         table = pa.Table.from_pylist([merged[i] for i in sorted(merged)], schema=LABELS)
         if before is None or not _equal(before, table):
             folder.write_part("labels", part, table, meta)
-    return Change(added, replaced, same)
+    return Change(added, replaced, same, removed)
 
 
 def put_errors(

@@ -23,7 +23,9 @@ from zsplg_ray.safe_text import one_line, shortened, without_credentials
 from zsplg_ray.settings import WorkError, complain, flatten
 from zsplg_ray.sources import image_key
 from zsplg_ray.summary import told
-from zsplg_ray.views.export import write_export
+from zsplg_ray.views.evaluate import check_same
+from zsplg_ray.views.export import FORMATS, write_export
+from zsplg_ray.views.export.checks import check_links, chosen, free_folder
 from zsplg_ray.views.review.choose import COLUMNS, Pick, choose
 from zsplg_ray.views.review.signs import Signs, Source, measure
 
@@ -50,6 +52,7 @@ def export_picks(config: ReviewExportConfig) -> dict[str, Any]:
     if len(known) == len(labels):
         fix = "label more images, or leave out --corrected"
         raise ValueError(complain("corrected", "of some images", f"all {len(labels)}", fix))
+    options = _options(config, labels, known)
     source = Source(labels)
     signs = measure(source, list(range(len(labels))), other)
     if not signs.positions:
@@ -58,17 +61,14 @@ def export_picks(config: ReviewExportConfig) -> dict[str, Any]:
     if not picks:
         raise WorkError(f"all labels in {config.run} that can be read are corrected already")
     record = _record(config, labels, signs, picks, known)
-    missing = [i for i in labels.ids if i not in other.labels] if other is not None else []
-    record["not_compared"] = len(missing)
+    record["not_compared"] = _not_compared(labels, other)
     record["broken"] = {labels.ids[p]: one_line(why) for p, why in sorted(source.broken.items())}
-    images = config.images or ("copy" if config.image_prefix is None else "none")
-    options = {"images": images, "image_prefix": config.image_prefix}
     written = write_export(
         labels,
         config.format,
         config.to,
         positions=[pick.position for pick in picks],
-        **{name: value for name, value in options.items() if value is not None},
+        **options,
     )
     record["exported"] = {k: written[k] for k in ("images", "left_out", "renamed")}
     record["seconds"] = round(time.monotonic() - begun, 3)
@@ -104,7 +104,7 @@ def summary(record: Mapping[str, Any]) -> str:
         lines.append(f"  ... all of them, and why: {record['to']}/{TABLE}")
     for key, what in (
         ("skipped_corrected", "are corrected already and were passed over"),
-        ("not_compared", "are not in the run to compare with"),
+        ("not_compared", "are not in the run to compare with, or cannot be read there"),
     ):
         if record[key]:
             lines.append(f"{record[key]} images {what}")
@@ -120,17 +120,37 @@ def _other(config: ReviewExportConfig, labels: Labels) -> Source | None:
     if config.compare is None:
         return None
     other = Labels(config.compare, name="compare")
-    if other.classes.names != labels.classes.names:
-        fix = "compare runs with one class list"
-        shown = ", ".join(other.classes.names)
-        rule = f"a run with the classes {', '.join(labels.classes.names)}"
-        raise ValueError(complain("compare", rule, shown, fix))
+    check_same(labels.classes, other.classes, f"labels in {without_credentials(config.compare)}")
     if not any(image_id in other for image_id in labels.ids):
         fix = "run `zsplg predict` over the same images"
         shown = f"images such as {other.ids[0]!r}" if other.ids else "none"
         rule = f"a run over the same images, such as {labels.ids[0]!r}"
         raise ValueError(complain("compare", rule, shown, fix))
     return Source(other)
+
+
+def _options(config: ReviewExportConfig, labels: Labels, known: set[int]) -> dict[str, str]:
+    """What the export is told, checked before the run is measured, which may take long.
+
+    Raises: ValueError for what `write_export` would refuse, whichever images are picked.
+    """
+    images = config.images or ("copy" if config.image_prefix is None else "none")
+    options = {"images": images}
+    if config.image_prefix is not None:
+        options["image_prefix"] = config.image_prefix
+    chosen(config.format, FORMATS[config.format], options)
+    if images == "link":
+        check_links(labels, [p for p in range(len(labels)) if p not in known])
+    free_folder(config.to)
+    return options
+
+
+def _not_compared(labels: Labels, other: Source | None) -> int:
+    """How many images the other run has no labels of that can be read."""
+    if other is None:
+        return 0
+    theirs = [other.labels.find(image_id) for image_id in labels.ids]
+    return sum(p is None or p in other.broken for p in theirs)
 
 
 def _known(config: ReviewExportConfig, labels: Labels) -> set[int]:
@@ -181,7 +201,7 @@ def _next(config: ReviewExportConfig, how: str) -> list[str]:
         place = _CORRECTED[config.format]
         masks = config.to if config.format == "voc" else f"{config.to.rstrip('/')}/{place}"
         how = f"correct {config.to.rstrip('/')}/{place}"
-    run = shlex.quote(config.run)
+    run = shlex.quote(without_credentials(config.run))
     return [how, f"zsplg review import --masks {shlex.quote(masks)} --run {run} --out corrected/"]
 
 

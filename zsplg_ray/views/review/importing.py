@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,8 +60,8 @@ class _Rows:
             except ValueError as e:
                 log.debug("label of %s cannot be read: %s", row.image_id, e)
 
-    def make(self, image_id: str) -> dict[str, Any] | None:
-        """The row of an image, None if its mask is of no use or is not wanted."""
+    def make(self, image_id: str) -> dict[str, Any] | Literal["none"] | None:
+        """The row of an image, "none" if none is wanted, None if its mask is of no use."""
         small = self.labels.small.slice(self.labels.position(image_id), 1).to_pylist()[0]
         try:
             label_HW = self.found.draws[image_id]((small["height"], small["width"]))
@@ -71,7 +71,7 @@ class _Rows:
         if _digest(label_HW) == self.digests.get(image_id):
             self.unchanged += 1
             if not self.keep_unchanged:
-                return None
+                return "none"
         else:
             self.changed += 1
         return corrected.row_of(small, label_HW, len(self.labels.classes))
@@ -105,19 +105,20 @@ def import_masks(config: ReviewImportConfig, folder: RunFolder | None = None) ->
         fix = f"mend them ({shortened(name, 80)}: {shortened(why, 200)})"
         shown = f"{len(failed)} of which none is"
         raise ValueError(complain("masks", "of use", shown, fix))
-    if folder.parts("labels"):
+    total = Labels(config.out, name="out") if folder.parts("labels") else None
+    n_total = len(total) if total is not None else 0
+    if n_total or folder.read_run() is not None:  # else the folder stays as empty as it was
         told = [(n, why) for n, why in failed]
         told += [(n, "no image of the run is called so") for n in found.unmatched]
         lines = [(shortened(n), one_line(shortened(masked(why)))) for n, why in told]
         corrected.put_errors(folder, lines, meta)
-        total = Labels(config.out, name="out")
-        _write_run(config, folder, labels, len(total), len(lines), time.monotonic() - begun)
-        if merged is not None:
-            _merge(config, merged, labels, total)
-    else:
-        total = ()
+        _write_run(config, folder, labels, n_total, len(lines), time.monotonic() - begun)
+    if merged is not None:
+        corrections = Labels(config.out, name="out") if total is not None else None
+        _merge(config, merged, labels, corrections)
     result = {
         **{"added": change.added, "replaced": change.replaced, "same": change.same},
+        "removed": change.removed,
         **{"changed": rows.changed, "unchanged": rows.unchanged, "failed": len(failed)},
         "skipped_unchanged": 0 if config.unchanged == "keep" else rows.unchanged,
         "unmatched": len(found.unmatched),
@@ -125,9 +126,12 @@ def import_masks(config: ReviewImportConfig, folder: RunFolder | None = None) ->
         "cancelled": found.cancelled,
         "errors": [{"image": shortened(n, 200), "error": why} for n, why in failed[:_SHOWN]],
         "unmatched_names": [shortened(n, 200) for n in found.unmatched[:_SHOWN]],
-        "corrected": len(total),
+        "corrected": n_total,
     }
-    return result | {"run": config.run, "out": config.out, "merged": config.merged}
+    for name in ("run", "out", "merged"):
+        uri = getattr(config, name)
+        result[name] = uri and without_credentials(uri)  # it is printed, and stands in commands
+    return result
 
 
 def summary(result: Mapping[str, Any]) -> str:
@@ -142,6 +146,7 @@ def summary(result: Mapping[str, Any]) -> str:
         fate = "left out" if left else "taken as found right; --unchanged skip leaves such out"
         lines.append(f"{result['unchanged']} are as the run labelled them: {fate}")
     for key, what in (
+        ("removed", "earlier corrections were taken out: they are as the run labelled them again"),
         ("not_annotated", "tasks have no annotation"),
         ("cancelled", "tasks were skipped"),
         ("unmatched", "are called like no image of the run"),
@@ -236,10 +241,11 @@ def _write_run(
     folder.write_run(_run(config, labels, made, counts, seconds))
 
 
-def _merge(config: ReviewImportConfig, folder: RunFolder, labels: Labels, total: Labels) -> None:
-    made = fingerprint(
-        {"merged": total.run and total.run["labels_fingerprint"], "of": _meta(labels)}
-    )
+def _merge(
+    config: ReviewImportConfig, folder: RunFolder, labels: Labels, total: Labels | None
+) -> None:
+    theirs = total.run and total.run["labels_fingerprint"] if total is not None else None
+    made = fingerprint({"merged": theirs, "of": _meta(labels)})
     begun = time.monotonic()
     meta = _meta(labels) | {"labels_fingerprint": made}
     images, fixed = write_merged(folder, labels, total, meta)

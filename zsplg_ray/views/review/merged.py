@@ -31,24 +31,32 @@ def check_merged(folder: RunFolder, run: Labels) -> None:
 
 
 def write_merged(
-    target: RunFolder, run: Labels, corrected: Labels, meta: Mapping[str, Any]
+    target: RunFolder, run: Labels, corrected: Labels | None, meta: Mapping[str, Any]
 ) -> tuple[int, int]:
     """All labels of a run, part by part, with corrected rows in place of its own; each image once.
 
+    Args:
+        target: Checked by `check_merged`.
+        run: The run.
+        corrected: What stands in place of its rows; None: nothing.
+        meta: The parts' metadata.
+
     Returns: How many rows there are, and how many of them are corrected ones.
     """
-    fixed, seen, count = set(corrected.ids), set(), 0
+    fixed = {i: p for p, i in enumerate(corrected.ids)} if corrected is not None else {}
+    seen, count = set(), 0
     for part in run.folder.parts("labels"):
         table = run.folder.read_part("labels", part, LABELS.names).cast(LABELS)
         ids = table["image_id"].to_pylist()
-        keep = []
-        rows = []
+        keep, wanted = [], []
         for image_id in ids:
             keep.append(image_id not in seen and image_id not in fixed)
             if image_id in fixed and image_id not in seen:
-                image = corrected[image_id]
-                rows.append({name: getattr(image, name) for name in LABELS.names})
+                wanted.append(fixed[image_id])
             seen.add(image_id)
+        # All at once: ids of one part here stand in many parts there, and each is opened once.
+        images = corrected.read(wanted) if corrected is not None else ()
+        rows = [{name: getattr(image, name) for name in LABELS.names} for image in images]
         count += len(rows)
         own = table.filter(pa.array(keep, pa.bool_()))
         merged = pa.concat_tables([own, pa.Table.from_pylist(rows, schema=LABELS)])

@@ -9,7 +9,9 @@ Shapes: H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,6 +19,7 @@ import numpy as np
 
 from zsplg_ray.labels import Labels
 from zsplg_ray.masks import Truth, open_truth
+from zsplg_ray.safe_text import shortened
 from zsplg_ray.settings import complain
 from zsplg_ray.storage import Place
 from zsplg_ray.views.review.names import ImageNames, renumbered
@@ -80,21 +83,51 @@ def _studio(tasks: list[object], source: str, labels: Labels, names: ImageNames)
     """Label Studio's tasks; of several of one image the one with the newest annotation."""
     read = read_tasks(tasks, source)
     found = Returned(errors=read.broken, not_annotated=read.not_annotated, cancelled=read.cancelled)
+    addresses: dict[str, set[str | None]] = defaultdict(set)
+    for called in read.called:
+        with contextlib.suppress(ValueError):  # those that are painted are told below
+            if (image_id := _find(names, called.names)) is not None:
+                addresses[image_id].add(called.address)
     for painted in sorted(read.painted, key=lambda p: p.when):
-        _take(found, names, painted.names, partial(_draw, painted, labels.classes), again=True)
+        called = painted.called
+        one = partial(_of_one, addresses) if called.guessed else None
+        draw = partial(_draw, painted, labels.classes)
+        _take(found, names, called.names, draw, again=True, check=one)
     return found
+
+
+def _of_one(addresses: Mapping[str, set[str | None]], image_id: str) -> None:
+    """Raise ValueError if images at several addresses are taken for one image of the run."""
+    several = sorted(a for a in addresses[image_id] if a is not None)
+    if len(several) > 1:
+        shown = f"{shortened(several[0], 200)} and {shortened(several[1], 200)} for {image_id}"
+        fix = "give the tasks an image_id in their data"
+        raise ValueError(complain("task", "of one image", shown, fix))
 
 
 def _draw(painted: Painted, classes: ClassList, size_hw: tuple[int, int]) -> np.ndarray:
     return painted.draw(size_hw, classes)
 
 
+def _find(names: ImageNames, called: Sequence[str]) -> str | None:
+    """The first image that is called so. Raises: ValueError if several are."""
+    return next((i for i in map(names.find, called) if i is not None), None)
+
+
 def _take(
-    found: Returned, names: ImageNames, called: tuple[str, ...], draw: Draw, *, again: bool
+    found: Returned,
+    names: ImageNames,
+    called: tuple[str, ...],
+    draw: Draw,
+    *,
+    again: bool,
+    check: Callable[[str], None] | None = None,
 ) -> None:
     """Note a mask for the image that it is called after; a second one replaces it if it may."""
     try:
-        image_id = next((i for i in map(names.find, called) if i is not None), None)
+        image_id = _find(names, called)
+        if image_id is not None and check is not None:
+            check(image_id)
     except ValueError as e:
         found.errors.append((called[0], str(e)))
         return

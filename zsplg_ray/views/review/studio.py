@@ -8,6 +8,9 @@ when asked for. Decisions:
 - brushes, polygons and rectangles are drawn in the order in which they stand, a later one over an
   earlier one; what nothing covers is background. A brush of a label called as in `names.IGNORED`
   is 255;
+- a task that tells its image's id is of that image or of none; else its image's address is tried,
+  ever less of it, for a store's folders are no part of an id. An address may be percent-quoted or
+  not;
 - choices, texts, ratings and relations say nothing about pixels and are passed over. Any other kind
   of region makes its task an error: a correction must not be lost in silence.
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -41,14 +44,27 @@ _PASSED = frozenset(
 )
 """Results that are about the whole image."""
 _MAX_CORNERS = 100_000
+_FAR = 1e6
+"""Percent of the image beyond which a corner is taken to be no further off."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a task says of which image it is about."""
+
+    names: tuple[str, ...]
+    """What the image may be called, the surest first: its id alone where the task tells it."""
+    address: str | None
+    """Of the image as Label Studio has it, None if there is none."""
+    guessed: bool
+    """Whether the names are made of the address."""
 
 
 @dataclass(frozen=True)
 class Painted:
     """The newest annotation of an image."""
 
-    names: tuple[str, ...]
-    """What the image may be called: its id as exported, its file."""
+    called: Called
     when: tuple[str, int]
     """Time and id of the annotation: the greatest is the newest."""
     result: list[Any]
@@ -88,6 +104,8 @@ class StudioMasks:
 
     painted: list[Painted] = field(default_factory=list)
     """One a task that has any; of one image there may be several."""
+    called: list[Called] = field(default_factory=list)
+    """Of every task, annotated or not."""
     not_annotated: int = 0
     """Tasks that nobody has submitted anything for."""
     cancelled: int = 0
@@ -121,7 +139,8 @@ def read_tasks(tasks: list[Any], source: str) -> StudioMasks:
         raise ValueError(complain("masks", "Label Studio's tasks, with data in each", source, fix))
     for position, task in enumerate(tasks):
         try:
-            names = _names(task)
+            called = _called(task)
+            found.called.append(called)
             annotations = [a for a in task.get("annotations") or () if isinstance(a, Mapping)]
             kept = [a for a in annotations if not a.get("was_cancelled")]
             if not kept:
@@ -132,7 +151,7 @@ def read_tasks(tasks: list[Any], source: str) -> StudioMasks:
             result = newest.get("result")
             if not isinstance(result, list):
                 raise _error("annotations with a list called result", type(result).__name__)
-            found.painted.append(Painted(names, _when(newest), result))
+            found.painted.append(Painted(called, _when(newest), result))
         except (ValueError, TypeError, AttributeError) as e:
             told = " ".join(str(e).split())
             name = task.get("id", position) if isinstance(task, Mapping) else position
@@ -140,22 +159,36 @@ def read_tasks(tasks: list[Any], source: str) -> StudioMasks:
     return found
 
 
-def _names(task: Any) -> tuple[str, ...]:
-    """What the image of a task may be called, the surest first."""
+def _called(task: Any) -> Called:
+    """Which image a task is about. Raises: ValueError if it says nothing of it."""
     data, meta = task["data"], task.get("meta")
-    names = [data.get("image_id"), meta.get("image_id") if isinstance(meta, Mapping) else None]
-    if isinstance(image := data.get("image"), str):
-        # /data/local-files/?d=folder/a.jpg, s3://bucket/folder/a.jpg, /data/upload/1/0a1b-a.jpg
-        path = unquote(image.partition("?d=")[2] or image.partition("?")[0])
-        parts = path.split("/")
-        names += ["/".join(parts[i:]) for i in range(len(parts))]
-        head, dash, tail = parts[-1].partition("-")
-        if dash and len(head) == 8:  # how an uploaded file is kept
-            names.append(tail)
-    names = [name for name in names if isinstance(name, str) and name]
+    ids = [data.get("image_id"), meta.get("image_id") if isinstance(meta, Mapping) else None]
+    image_id = next((i for i in ids if isinstance(i, str) and i), None)
+    address = data.get("image")
+    address = address if isinstance(address, str) and address else None
+    if image_id is not None:
+        return Called((image_id,), address, guessed=False)
+    names = tuple(dict.fromkeys(_made(address))) if address is not None else ()
     if not names:
         raise _error("tasks with an image", "none")
-    return tuple(dict.fromkeys(names))
+    return Called(names, address, guessed=True)
+
+
+def _made(address: str) -> Iterator[str]:
+    """Names that an address may stand for: ever less of its path, as it is and unquoted."""
+    # /data/local-files/?d=folder/a.jpg, s3://bucket/folder/a.jpg, /data/upload/1/0a1b-a.jpg
+    plain = address.partition("?d=")[2] or address.partition("?")[0]
+    paths = [unquote(plain), plain]
+    if not address.startswith(("/", "http://", "https://")):  # a key in a store may hold anything
+        paths = [address, plain, unquote(plain)]
+    split = [path.split("/") for path in dict.fromkeys(paths)]
+    for n in range(max(map(len, split)), 0, -1):
+        names = ("/".join(parts[-n:]) for parts in split if n <= len(parts))
+        yield from (name for name in names if name)
+    for parts in split:
+        head, dash, tail = parts[-1].partition("-")
+        if dash and len(head) == 8 and tail:  # how an uploaded file is kept
+            yield tail
 
 
 def _when(annotation: Mapping[str, Any]) -> tuple[str, int]:
@@ -205,9 +238,33 @@ def _filled(percent_Q2: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     """A polygon with corners in percent of width and height, bool [H, W]; cut at the edges."""
     if len(percent_Q2) < 3:
         return np.zeros(size_hw, bool)
-    corner_Q2 = np.clip(percent_Q2, 0, 100) / 100 * (size_hw[1], size_hw[0])
+    corner_Q2 = np.clip(percent_Q2, -_FAR, _FAR) / 100 * (size_hw[1], size_hw[0])
+    corner_Q2 = _cut(corner_Q2, size_hw)
+    if len(corner_Q2) < 3:
+        return np.zeros(size_hw, bool)
     merged = rle_codec.merge(_encode([corner_Q2.ravel().tolist()], *size_hw))
     return rle_codec.decode(merged).view(np.bool_)
+
+
+def _cut(corner_Q2: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """What of a polygon lies in the image, corners (x, y) in pixels, float64 [Q, 2].
+
+    The codec draws corners outside somewhere else, and moving each to the edge would bend the sides
+    between. So each of the image's four sides cuts the polygon in turn.
+
+    Source: Sutherland and Hodgman, "Reentrant polygon clipping", 1974.
+    """
+    high, wide = size_hw
+    for axis, side, sign in ((0, 0, 1), (0, wide, -1), (1, 0, 1), (1, high, -1)):
+        depth_Q = sign * (corner_Q2[:, axis] - side)
+        next_Q2, deep_Q = np.roll(corner_Q2, -1, axis=0), np.roll(depth_Q, -1)
+        crosses_Q = (depth_Q >= 0) != (deep_Q >= 0)
+        share_Q = depth_Q / np.where(crosses_Q, depth_Q - deep_Q, 1)
+        cross_Q2 = corner_Q2 + share_Q[:, None] * (next_Q2 - corner_Q2)
+        cross_Q2[:, axis] = side
+        kept_Q2 = np.stack([depth_Q >= 0, crosses_Q], axis=1)
+        corner_Q2 = np.stack([corner_Q2, cross_Q2], axis=1)[kept_Q2]
+    return corner_Q2
 
 
 _DRAWN = {"brushlabels": _brush, "polygonlabels": _polygon, "rectanglelabels": _rectangle}
