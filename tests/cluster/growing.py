@@ -91,7 +91,7 @@ class GrowingCluster:
             command, env=env, stdout=self.log, stderr=self.log, start_new_session=True
         )
 
-    def wait_until_up(self, timeout_s: float = 60) -> None:
+    def wait_until_up(self, timeout_s: float = 240) -> None:
         """Until the autoscaler answers."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
