@@ -102,7 +102,7 @@ def measure(
             load_s = time.perf_counter() - began
             assert isinstance(labeler, Labeler), "whose parts a clock can be put on"
             progress.plan(len(rows))
-            progress.start()
+            progress.waits("warming up")
             run = _Run(task, labeler, meta, clock_of(device), progress)
             for start in range(0, len(rows), task.config.actors.in_flight):
                 run.block(rows[start : start + task.config.actors.in_flight])
@@ -176,7 +176,7 @@ class _Run:
             began_s = time.perf_counter()
             self._label(arrays)
             self.warm_s = time.perf_counter() - began_s
-            self.progress.began = time.monotonic()  # so that its pace is the warm one
+            self.progress.start()  # so that its pace is the warm one
         watch = Watch(self.clock, arrays)
         began = self.clock()
         with watch.on(self.labeler):
