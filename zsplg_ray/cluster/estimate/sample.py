@@ -76,7 +76,7 @@ def measure(
     *,
     has_gpu: bool,
     threads: int,
-    show: bool,
+    progress: Progress | None = None,
 ) -> Measured:
     """Label the sample.
 
@@ -86,7 +86,7 @@ def measure(
         meta: What parts carry in their metadata.
         has_gpu: Whether an actor gets one.
         threads: Threads of torch on a CPU.
-        show: Whether to tell on stderr how far it is.
+        progress: What shows how far it is; None: nobody looks, as on another node.
 
     Raises: WorkError if the device is broken.
     """
@@ -95,7 +95,7 @@ def measure(
     if device == "cpu":
         torch.set_num_threads(threads)
     try:
-        with Progress("estimate", show) as progress:
+        with progress or Progress("estimate", show=False) as progress:
             progress.waits("loading the models")
             began = time.perf_counter()
             labeler = task.load(device).labeler
