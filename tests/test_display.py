@@ -1,7 +1,10 @@
 """What is seen while a verb works: in terminals of several widths, and elsewhere."""
 
 import io
+import logging
+import os
 import re
+import sys
 import threading
 import time
 
@@ -154,3 +157,58 @@ def test_whoever_does_not_listen_stops_nothing():
     stream = io.StringIO()
     with Display(lambda: VIEW, stream=stream):
         stream.close()
+
+
+class Gone(Terminal):
+    """A terminal whose window was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_terminal_that_has_gone_stops_nothing(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    with Display(lambda: VIEW, stream=Gone()) as display:
+        for _ in range(3):
+            display.say("x")
+        assert display._live is not None
+        assert not display._live.console._buffer, "what cannot be written is not kept"
+
+
+def test_who_kept_stderr_while_there_was_a_block_still_reaches_it(monkeypatch):
+    """As Ray's log does, which is set up when Ray is imported."""
+    monkeypatch.setenv("TERM", "xterm")
+    real, stream = io.StringIO(), Terminal()
+    monkeypatch.setattr("sys.stderr", real)
+    with Display(lambda: VIEW, stream=stream):
+        handler = logging.StreamHandler()
+        record = logging.makeLogRecord({"msg": "[red]told[/red]"})
+        handler.emit(record)
+        handler.stream.write("begun")
+        assert real.getvalue() == ""
+    assert sys.stderr is real and "\n[red]told[/red]\n" in bare(stream.getvalue()).replace(
+        "\r", "\n"
+    )
+    stream.close()
+    handler.emit(record)
+    assert real.getvalue() == "begun[red]told[/red]\n"
+
+
+def test_without_stderr_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with Display(lambda: VIEW) as display:
+        display.say("x")
+
+
+def test_a_notebook_gets_plain_lines_where_its_reader_looks(monkeypatch):
+    """Its stderr names its server's file descriptor, and says that it is a terminal."""
+    monkeypatch.setenv("TERM", "xterm")
+    read, server = os.pipe()
+    stream = Terminal()
+    monkeypatch.setattr(stream, "fileno", lambda: server, raising=False)
+    monkeypatch.setattr("sys.stderr", stream)
+    with Display(lambda: VIEW):
+        pass
+    os.close(server)
+    assert stream.getvalue() == plain_line(VIEW) + "\n" and os.read(read, 9) == b""
+    os.close(read)

@@ -107,6 +107,10 @@ _AFTER = {
     "review export": "nothing was written",
     SUBMIT: "no job was submitted",
     "estimate": "nothing was written",
+    "evaluate": "nothing was written",
+    "report": "nothing was written",
+    "doctor": "nothing was written",
+    "shapes": "the same command starts anew",
 }
 """What an interrupted verb has left, if the interruption does not tell it."""
 

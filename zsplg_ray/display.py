@@ -15,8 +15,6 @@ writes to a copy of stderr: what Ray's start says there can be held back meanwhi
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import sys
 import threading
 import time
@@ -26,12 +24,13 @@ from types import TracebackType
 from typing import IO
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from zsplg_ray.safe_text import masked, one_line, shortened
+from zsplg_ray.stderr import Above, Screen, is_live, is_terminal, own_stderr, unheard
 from zsplg_ray.summary import duration
 
 WIDEST = 78
@@ -117,29 +116,14 @@ class Block:
             yield Text(f"  {line}", no_wrap=True)
 
 
-class Screen(Console):
-    """A terminal that is asked for its size anew each time it is drawn on."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._on = stream
-        super().__init__(file=stream, highlight=False, emoji=False, markup=False)
-
-    @property
-    def size(self) -> ConsoleDimensions:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Columns and rows; 80 x 24 if it does not tell."""
-        try:
-            columns, rows = os.get_terminal_size(self._on.fileno())
-        except (OSError, ValueError):
-            columns, rows = 80, 24
-        return ConsoleDimensions(columns or 80, rows or 24)
-
-    def show_cursor(self, show: bool = True) -> bool:
-        """The cursor stays: whoever is killed could not bring it back."""
-        return False
-
-
 class _Live(Live):
-    """Live, which also clears what a terminal that became narrower has wrapped."""
+    """Live, which also clears what a terminal that became narrower has wrapped, and takes no harm
+    from one that has gone."""
+
+    def refresh(self) -> None:
+        """Draw it anew."""
+        with unheard(self.console):
+            super().refresh()
 
     def process_renderables(self, renderables: list) -> list:
         with contextlib.suppress(AttributeError):  # rich does not promise that it is there
@@ -171,6 +155,7 @@ class Display:
         self._given = stream
         self._stream: IO[str] | None = None
         self._live: Live | None = None
+        self._above: Above | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._spoken = 0
@@ -178,23 +163,31 @@ class Display:
     def __enter__(self) -> Display:
         if not self.show:
             return self
-        self._stream = self._given if self._given is not None else _own_stderr()
-        if is_live(self._stream):
-            console = Screen(self._stream)
-            self._live = _Live(
-                Block(self.look),
-                console=console,
-                transient=True,
-                redirect_stdout=False,
-                refresh_per_second=4,
-                vertical_overflow="crop",
-            )
-            self._live.start(refresh=True)
+        self._stream = self._given if self._given is not None else own_stderr()
+        if self._stream is None:  # closed
+            return self
+        ours = self._given is not None or self._stream is not sys.stderr
+        if ours and is_live(self._stream):
+            self._start_live(self._stream)
         else:
             self._began = self.clock()
             self._thread = threading.Thread(target=self._speak, name="progress", daemon=True)
             self._thread.start()
         return self
+
+    def _start_live(self, stream: IO[str]) -> None:
+        live = _Live(
+            Block(self.look),
+            console=Screen(stream),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,  # by Above, which outlives the block
+            refresh_per_second=4,
+            vertical_overflow="crop",
+        )
+        with unheard(live.console):
+            live.start(refresh=True)
+        self._live, self._above = live, Above.put(self._print)
 
     def __exit__(
         self,
@@ -207,8 +200,10 @@ class Display:
         self._over.set()
         try:
             if self._live is not None:
-                with contextlib.suppress(OSError):  # the terminal has gone: the work is done anyway
+                with unheard(self._live.console):
                     self._live.stop()
+            if self._above is not None:
+                self._above.end()
             if self._thread is not None:
                 self._thread.join()
             self._last(kind is None)
@@ -216,22 +211,27 @@ class Display:
             if self._given is None and self._stream is not sys.stderr:
                 with contextlib.suppress(OSError):
                     self._stream.close()
-            self._stream = self._live = self._thread = None
+            self._stream = self._live = self._above = self._thread = None
 
     def say(self, text: str) -> None:
         """One line, above the block or among the others."""
         text = one_line(masked(shortened(text)))
         if self._live is not None:
-            self._live.console.print(Text(text), soft_wrap=True)
+            self._print(text)
         elif self._stream is not None:
             self._write(text)
+
+    def _print(self, lines: str) -> None:
+        assert self._live is not None
+        with unheard(self._live.console):
+            self._live.console.print(Text(lines), soft_wrap=True)
 
     def _last(self, well: bool) -> None:
         """The last line. After good work in a terminal the summary says all that it would."""
         view = self.look()
         if not view.total:
             return
-        if self._live is not None and (not view.done or (well and _is_terminal(sys.stdout))):
+        if self._live is not None and (not view.done or (well and is_terminal(sys.stdout))):
             return
         self._write(plain_line(view))
 
@@ -254,27 +254,6 @@ def speaks_at(spoken: int) -> float:
     for _ in range(spoken + 1):
         at += next((every for until, every in _SPEAK_S if at < until), 60.0)
     return at
-
-
-def is_live(stream: IO[str]) -> bool:
-    """Whether a block can be drawn there."""
-    return _is_terminal(stream) and os.environ.get("TERM", "") not in ("dumb", "unknown")
-
-
-def _is_terminal(stream: IO[str]) -> bool:
-    try:
-        return stream.isatty()
-    except ValueError:  # closed
-        return False
-
-
-def _own_stderr() -> IO[str]:
-    """A copy of stderr, or stderr itself where it is none of the system's."""
-    try:
-        copied = os.dup(sys.stderr.fileno())
-    except (OSError, ValueError, io.UnsupportedOperation):
-        return sys.stderr
-    return os.fdopen(copied, "w", encoding=sys.stderr.encoding, errors="backslashreplace")
 
 
 def _rounded(seconds: float) -> float:

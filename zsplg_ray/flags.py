@@ -36,7 +36,7 @@ from zsplg_ray.settings import (
 S = TypeVar("S", bound=Section)
 
 VERBOSE = "--verbose"
-VERBOSE_DOES = "all that is logged, by Ray and the libraries too, as ZSPLG_LOG=DEBUG has it"
+VERBOSE_DOES = "all that zsplg and Ray log, as ZSPLG_LOG=DEBUG has it"
 
 Stored = Callable[[Sequence[str], Mapping[str, Any]], Mapping[str, Any]]
 """(argv, what a file says) -> settings that are stored somewhere, which both win over."""

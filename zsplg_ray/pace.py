@@ -37,6 +37,8 @@ class Pace:
         self.began: float | None = None
         self._seen: deque[tuple[float, float]] = deque()
         self._end: tuple[float, float] | None = None
+        self._paused: float | None = None
+        self._pauses_s = self._share = 0.0
 
     def start(self, at: float | None = None, done: float = 0.0) -> None:
         """The work can begin, or could at the time `at`, with so much done before; the earliest
@@ -50,7 +52,7 @@ class Pace:
 
     def seen(self, done: float) -> None:
         """So much is done by now; less than before means that some of it has to be done again."""
-        now = self.clock()
+        now = self._now()
         if self.began is None:
             self.start(now, 0.0)
         last = self._seen[-1][1]
@@ -61,11 +63,33 @@ class Pace:
         while len(self._seen) > ARRIVALS + 1 and self._seen[1][0] < now - WINDOW_S:
             self._seen.popleft()
 
+    def pause(self) -> None:
+        """Until `resume` the work stands still, for something else that belongs to it."""
+        if self._paused is None and self.began is not None:
+            self._paused = self.clock()
+
+    def resume(self, new: float = 0.0) -> None:
+        """It gets on again, and `new` of it, which `seen` has not told yet, is already done."""
+        if self._paused is None or self.began is None:
+            return
+        rate = self.rate()
+        gap_s = max(0.0, self.clock() - self._paused - (new / rate if rate else 0.0))
+        worked_s = self._paused - self.began - self._pauses_s
+        self._pauses_s += gap_s
+        self._share = self._pauses_s / worked_s if worked_s > 0 else 0.0
+        self._paused = None
+        self._seen = deque((at + gap_s, done) for at, done in self._seen)
+        if self._end is not None:
+            self._end = self._end[0] + gap_s, self._end[1] + gap_s
+
+    def _now(self) -> float:
+        return self.clock() if self._paused is None else self._paused
+
     def rate(self) -> float | None:
         """Of what was done lately, a second; None as long as it would mean nothing."""
-        if self.began is None or len(self._seen) < 3 or self.clock() - self.began < KNOWN_S:
+        if self.began is None or len(self._seen) < 3 or self._now() - self.began < KNOWN_S:
             return None
-        now, newest = self.clock(), self._seen[-1]
+        now, newest = self._now(), self._seen[-1]
         at, done = self._seen[0]
         # While nothing is late, what was done is divided by the time that it took; in between the
         # rate would else sink, to jump up again with the next arrival.
@@ -74,12 +98,13 @@ class Pace:
         return (newest[1] - done) / (until - at) if until > at else None
 
     def left_s(self, todo: float) -> float | None:
-        """Seconds until `todo` more are done, smoothed; None as long as nobody can know."""
+        """Seconds until `todo` more are done, smoothed, with pauses as there were so far; None as
+        long as nobody can know."""
         rate = self.rate()
         if not rate or todo <= 0:
             return None
-        now = self.clock()
-        end = now + todo / rate
+        now = self._now()
+        end = now + todo / rate * (1 + self._share)
         if self._end is not None:
             at, before = self._end
             weight = 1 - math.exp(-(now - at) / SMOOTH_S)

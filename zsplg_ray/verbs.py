@@ -44,10 +44,14 @@ def label(given: config.LabelConfig) -> int:
 
 def estimate(given: config.EstimateConfig) -> int:
     """Tell what `label` will take; see config.EstimateConfig."""
-    from zsplg_ray.cluster.estimate.estimate import estimate as run_estimate
-    from zsplg_ray.cluster.estimate.told import told
+    from zsplg_ray.cluster.progress import Progress
 
-    found = run_estimate(given)
+    with Progress("estimate", not given.quiet) as progress:
+        progress.waits(_LOADING)
+        from zsplg_ray.cluster.estimate.estimate import estimate as run_estimate
+        from zsplg_ray.cluster.estimate.told import told
+
+        found = run_estimate(given, progress=progress)
     print(json.dumps(found) if given.json else masked(told(found)))
     return 0
 

@@ -177,7 +177,7 @@ def test_room_for_what_is_to_come(tmp_path, monkeypatch):
 # Places ------------------------------------------------------------------------------------------
 
 
-def test_a_store_is_tried_and_left_as_it_was(bucket):
+def test_a_store_is_tried_and_nothing_of_others_is_removed(bucket):
     def keys() -> list[str]:
         client = boto3.client("s3", endpoint_url=bucket.endpoint)
         return [o["Key"] for o in client.list_objects_v2(Bucket=bucket.name).get("Contents", [])]
@@ -185,7 +185,7 @@ def test_a_store_is_tried_and_left_as_it_was(bucket):
     secret = {"keys": f"test:{SECRET}@"}
     found = places.storage(config(out=bucket.uri("a/b/run", **secret)))
     assert found["state"] == "ok" and SECRET not in str(found), found
-    assert keys() == []
+    assert keys() == ["a/b/run/"] and "an empty object" in found["told"]
     bucket.fs.create_dir(f"{bucket.name}/mine")
     with bucket.fs.open_output_stream(f"{bucket.name}/mine/file") as stream:
         stream.write(b"x")

@@ -93,15 +93,15 @@ def test_many_processes_speak_rarely():
 
 
 def test_who_finds_nobody_to_listen_stops_telling():
-    calls = []
+    calls, called = [], threading.Event()
 
     def tell() -> None:
         calls.append(threading.current_thread())
+        called.set()
         raise RuntimeError
 
     keep_telling(tell, 0.001)
-    while not calls:
-        pass
+    assert called.wait(10)
     calls[0].join(10)
     assert not calls[0].is_alive() and len(calls) == 1
 
@@ -122,6 +122,28 @@ def test_images_count_before_their_block_is_handed_over(progress, clock):
     progress.add(8, 0, said(8, 9, 10, actor="c"))
     assert progress.view().done == 8 + 16 + 8
     assert "1 error" in progress.view().facts
+
+
+def test_in_the_end_only_what_was_handed_over_counts(progress):
+    progress.hear({"a": said(30, 5, 6)})
+    progress.add(8, 0, said(8, 9, 10, actor="a"))
+    assert progress.view().done == 8 + 30
+    progress.over = True
+    assert progress.view().done == 8 + 8
+
+
+def test_it_says_so_when_all_actors_have_died(progress):
+    progress.hear({"a": said(4, 5, 6)})
+    progress.hear({})
+    told = plain_line(progress.view())
+    assert "starting actors" in told
+    assert "actor up" not in told
+    progress.add(4, 0, said(4, 5, 7, actor="a"))
+    assert progress.view().waits is None
+    progress.hear({"b": said(0, 0, 1)})
+    progress.add(28, 0, said(28, 5, 7, actor="b"))
+    progress.hear({})
+    assert progress.view().waits is None, "all is done"
 
 
 def test_the_count_never_falls_and_never_passes_the_total(progress):
@@ -222,3 +244,21 @@ def test_a_training_that_goes_on_counts_what_was_done_before_as_no_speed(clock):
         clock.now = 100 + second
         training.hear({"0": {"step": 20 + second, "loss": 0.5, "judging": False}})
     assert "1.00 steps/s" in training.view().facts
+
+
+def test_a_long_validation_is_no_slow_step(clock):
+    training = Training(show=False, clock=clock)
+    training.begin({**RUN, "schedule": {**RUN["schedule"], "steps": 2000}})
+    for second in range(60):
+        clock.now = second
+        training.hear({"0": {"step": 10 * second, "judging": False}})
+    for second in range(60, 241):
+        clock.now = second
+        training.hear({"0": {"step": 600, "judging": True}})
+    assert "10.00 steps/s" in training.view().facts
+    for second in range(241, 260):
+        clock.now = second
+        training.hear({"0": {"step": 600 + 10 * (second - 240), "judging": False}})
+    view = training.view()
+    assert "10.00 steps/s" in view.facts
+    assert view.left_s == pytest.approx(121 * 4, rel=0.3), "as much time for validations as before"

@@ -4,7 +4,7 @@ What enters: an actor's count and how long it was in its model, a worker's step.
 driver, the latest word of each that is alive. Nothing rests on it but what a person sees: whoever
 cannot be heard works on, and words that are lost are followed by others.
 
-    actor: Heart, a thread -> NoteBook, an actor of the driver's node <- listening, on the driver
+    actor: keep_telling, a thread -> NoteBook, on the driver's node <- listening, on the driver
 """
 
 from __future__ import annotations
@@ -123,18 +123,14 @@ class Busy:
         return {"through": self.through, "busy_s": busy_s, "alive_s": now - self._born}
 
 
-def keep_telling(
-    tell: Callable[[], object], every_s: float = EVERY_S, over: threading.Event | None = None
-) -> None:
-    """Call `tell` now and then, on a thread, until it fails or `over` is set."""
-    over = over or threading.Event()
+def keep_telling(tell: Callable[[], object], every_s: float = EVERY_S) -> None:
+    """Call `tell` now and then, on a thread, until it fails or the process ends."""
 
     def loop() -> None:
         try:
             while True:
                 tell()
-                if over.wait(every_s):
-                    return
+                time.sleep(every_s)
         except Exception:  # whoever listens is gone
             log.debug("nobody listens any more", exc_info=True)
 

@@ -30,7 +30,7 @@ from zsplg_ray.cluster.decode import decode_block
 from zsplg_ray.cluster.ledger import Ledger
 from zsplg_ray.cluster.nodes import Cluster, look_around
 from zsplg_ray.cluster.notes import GONE_S, interval_s, listening
-from zsplg_ray.cluster.progress import Actors, Progress
+from zsplg_ray.cluster.progress import STARTING, Actors, Progress
 from zsplg_ray.cluster.session import (
     Plan,
     cluster_address,
@@ -133,7 +133,7 @@ def _work(
             progress.waits("starting Ray")
             with ray_session(job.config.ray):
                 plan = plan_for(job.config, _cluster(job.config))
-                progress.waits("starting actors and loading the models")
+                progress.waits(STARTING)
                 job.folder.write_run(run)
                 tracker.start(run, numbers)
                 if before.failed:

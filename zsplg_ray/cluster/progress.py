@@ -23,6 +23,8 @@ from zsplg_ray.display import Display, View
 from zsplg_ray.pace import WINDOW_S, Pace
 from zsplg_ray.summary import counted
 
+STARTING = "starting actors and loading the models"
+
 P = TypeVar("P", bound="Shown")
 
 
@@ -120,6 +122,7 @@ class Progress(Shown):
             self.labelled += labelled
             self.failed += failed
             self.last = self.clock()
+            self.waits(None)
             if self.actors is not None and said is not None:
                 self.actors.brought(said["actor"], said)
                 self.pace.start(self.last - said["alive_s"])
@@ -127,10 +130,14 @@ class Progress(Shown):
 
     def hear(self, notes: Mapping[str, Mapping[str, Any]]) -> None:
         """What the actors that are alive say of themselves."""
-        if self.actors is None or not notes:
+        if self.actors is None or not (notes or self.actors.up):
             return
         with self.lock:
             self.actors.hear_all(notes)
+            if not notes:  # all have died; at the end that is no news
+                if self.skipped + self.labelled + self.failed < self.total and not self.over:
+                    self.waits(STARTING)
+                return
             self.pace.start(self.clock() - max(note["alive_s"] for note in notes.values()))
             self._count()
 
@@ -160,7 +167,8 @@ class Progress(Shown):
                 self.verb,
                 self.clock() - self.began,
                 waits,
-                self.skipped + self._shown,
+                # What was never handed over will have to be done again.
+                self.skipped + (self.labelled + self.failed if self.over else self._shown),
                 self.total or None,
                 self.unit,
                 tuple(facts),

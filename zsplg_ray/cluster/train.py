@@ -38,7 +38,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from zsplg_ray.cluster.crew import Crew, check_batches, plan_crew
 from zsplg_ray.cluster.lock import only_run
 from zsplg_ray.cluster.nodes import look_around
-from zsplg_ray.cluster.notes import noting
+from zsplg_ray.cluster.notes import GONE_S, noting
 from zsplg_ray.cluster.preview import preview
 from zsplg_ray.cluster.session import cluster_address, last_line, ray_session
 from zsplg_ray.cluster.track.train import Tracker, send_finished
@@ -74,8 +74,6 @@ from zsplg_ray.student.state import Schedule, first_learning_rate, images_a_step
 log = logging.getLogger(__name__)
 
 CHECKPOINTS_KEPT = 2
-STEP_S = 600.0
-"""A worker that has said nothing for so long counts as gone, in what is shown."""
 
 
 def train(
@@ -216,7 +214,7 @@ def _work(
             _begin(job, run, crew, watcher)
             if not is_finished(run):
                 progress.waits("starting workers")
-                with noting(progress.hear, STEP_S, progress.show) as notes:
+                with noting(progress.hear, GONE_S, progress.show) as notes:
                     here = replace(job, gpus=crew.gpus, threads=crew.threads, notes=notes)
                     _fit(here, crew, callbacks)
         state = "complete"

@@ -61,7 +61,11 @@ class Training(Shown):
             self.waits(None)
             self.pace.start(done=lead["step"])
             self._loss, self._judging = lead.get("loss", self._loss), lead["judging"]
+            if not self._judging:
+                self.pace.resume(max(0, lead["step"] - self._step))
             self._at(lead["step"])
+            if self._judging:
+                self.pace.pause()
 
     def _at(self, step: int) -> None:
         self._step = step

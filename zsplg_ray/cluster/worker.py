@@ -24,7 +24,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from zsplg_ray.cluster.notes import EVERY_S, Notes
+from zsplg_ray.cluster.notes import EVERY_S, Notes, keep_telling
 from zsplg_ray.cluster.session import last_line
 from zsplg_ray.cluster.trainrun import (
     CHECKPOINTS,
@@ -96,19 +96,22 @@ def work(job: Job) -> None:
 
 
 def _pulse(notes: Notes, ranks: Ranks) -> Pulse:
-    """Says about once a second how far this worker is, from its start on."""
+    """Says about once a second how far this worker is, from its start on, however long a step or
+    a validation takes: who is silent counts as gone."""
     who = str(ranks.rank)
-    notes.note(who, {})
+    said: dict[str, Any] = {}
+    keep_telling(lambda: notes.note(who, said))
     last = -EVERY_S
 
     def pulse(step: int, loss: Callable[[], float], judging: bool) -> None:
-        nonlocal last
+        nonlocal last, said
         now = time.monotonic()
         if now - last < EVERY_S and not judging:
             return
         last = now
         more = {"loss": loss()} if ranks.lead else {}
-        notes.note(who, {"step": step, "judging": judging, **more})
+        said = {"step": step, "judging": judging, **more}
+        notes.note(who, said)
 
     return pulse
 

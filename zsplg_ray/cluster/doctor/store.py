@@ -11,7 +11,6 @@ import contextlib
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 
@@ -20,6 +19,7 @@ from zsplg_ray.cluster.doctor.finding import Finding, finding
 from zsplg_ray.config import DoctorConfig
 from zsplg_ray.rundir import RunFolder
 
+_NOTHING = pafs.FileType.NotFound
 PATIENCE_S = 2.0
 """How long a store that fails is asked again here; a run has more."""
 FREE_GIB = 5.0
@@ -32,12 +32,15 @@ def look(config: DoctorConfig) -> Finding:
     folder = RunFolder(config.out)
     if folder.local:
         return _local(config.out, Path(folder.path))
-    missing = _missing(folder)
+    missing = folder.fs.get_file_info([folder.path])[0].type == _NOTHING
     if not _gives_back(folder):
         return finding("fail", f"{config.out} does not give back what was written", "use another")
-    if missing is not None:
-        _tidy(folder.fs, missing)
-    return finding("ok", f"{config.out} can be written and read")
+    told = f"{config.out} can be written and read"
+    if missing and folder.fs.get_file_info([folder.path])[0].type != _NOTHING:
+        # Stores know no folder; pyarrow leaves an empty object for one. It could only be removed
+        # with all that others may have put below it since.
+        told += "; an empty object stands for the folder now"
+    return finding("ok", told)
 
 
 def _local(out: str, path: Path) -> Finding:
@@ -63,24 +66,3 @@ def _gives_back(folder: RunFolder) -> bool:
     finally:
         with contextlib.suppress(FileNotFoundError):
             folder.fs.delete_file(f"{folder.path}/{name}")
-
-
-def _missing(folder: RunFolder) -> str | None:
-    """The topmost folder above a store's place that is not there, or itself; None: all are."""
-    parts, found = folder.path.split("/"), None
-    while len(parts) > 1:  # the first is the bucket
-        path = "/".join(parts)
-        if folder.fs.get_file_info([path])[0].type != pafs.FileType.NotFound:
-            break
-        found, parts = path, parts[:-1]
-    return found
-
-
-def _tidy(fs: Any, path: str) -> None:
-    """Remove the empty objects that stand for folders, which pyarrow makes when the last file in
-    them goes; nothing if anybody has put a file there since.
-    """
-    below = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True, recursive=True))
-    if not any(info.is_file for info in below):
-        with contextlib.suppress(FileNotFoundError):
-            fs.delete_dir(path)

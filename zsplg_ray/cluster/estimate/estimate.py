@@ -26,6 +26,7 @@ from zsplg_ray.cluster.estimate.sample import Measured, measure, spread
 from zsplg_ray.cluster.label import LabelTask, Load
 from zsplg_ray.cluster.nodes import Cluster, look_around
 from zsplg_ray.cluster.pipeline import plan_for
+from zsplg_ray.cluster.progress import Progress
 from zsplg_ray.cluster.session import Plan, cluster_address, last_line, ray_session
 from zsplg_ray.cluster.waiting import telling_of_waits
 from zsplg_ray.config import EstimateConfig, LabelConfig
@@ -53,12 +54,15 @@ _OWN = ("sample", "price", "gpus", "json")
 """Settings that `label` has not, or that mean something else there."""
 
 
-def estimate(config: EstimateConfig, *, load: Load = Labeler.load) -> dict[str, Any]:
+def estimate(
+    config: EstimateConfig, *, load: Load = Labeler.load, progress: Progress | None = None
+) -> dict[str, Any]:
     """Label a sample and tell what all of the source will take.
 
     Args:
         config: As the user gave it.
         load: What the models are loaded by.
+        progress: What shows how far it is; None: one of its own.
 
     Returns:
         source, out, images, done, todo, command; and where there is something to do sample, device,
@@ -68,6 +72,13 @@ def estimate(config: EstimateConfig, *, load: Load = Labeler.load) -> dict[str, 
         ValueError: Bad input, what `label` would refuse too.
         WorkError: None of the sampled images could be labelled, or the device is broken.
     """
+    with progress or Progress("estimate", not config.quiet) as progress:
+        return _estimate(config, load, progress)
+
+
+def _estimate(config: EstimateConfig, load: Load, progress: Progress) -> dict[str, Any]:
+    """`estimate`, under way."""
+    progress.waits("listing the images")
     label = _as_label(config)
     classes = class_list(label.classes)
     manifest = list_images(label.images, root=label.root)
@@ -90,9 +101,12 @@ def estimate(config: EstimateConfig, *, load: Load = Labeler.load) -> dict[str, 
         return found
     rows = todo.take(spread(len(todo), config.sample)).to_pylist()
     local = cluster_address(config.ray) == "local"
+    if not local:
+        progress.waits("connecting to Ray")
     with contextlib.nullcontext() if local else ray_session(config.ray):
         has = _this_machine(config) if local else look_around(local=False)
         plan, cluster = _planned(config, label, has)  # before any download
+        progress.waits("reading the models' weights")
         naming, weights = prepare(resolved, classes)
         run = describe_run(label, resolved, classes, weights)
         if folder is not None:
@@ -100,8 +114,9 @@ def estimate(config: EstimateConfig, *, load: Load = Labeler.load) -> dict[str, 
         task = LabelTask(absolute_paths(resolved), naming, load)
         about = {"has_gpu": bool(plan.gpus), "threads": plan.threads}
         if local:
-            measured = measure(task, rows, part_meta(run), show=not config.quiet, **about)
+            measured = measure(task, rows, part_meta(run), progress=progress, **about)
         else:
+            progress.waits("measuring on a node of the cluster")
             measured = _elsewhere(plan, task, rows, part_meta(run), **about)
     if len(measured.failed) == len(rows):
         first = measured.failed[0]
@@ -128,7 +143,7 @@ def _elsewhere(plan: Plan, *given: Any, **more: Any) -> Measured:
     )
     try:
         with telling_of_waits([plan.need], moved=lambda: None):
-            return ray.get(one.remote(*given, show=False, **more))
+            return ray.get(one.remote(*given, **more))
     except RayError as e:
         raise WorkError(last_line(e)) from e
 

@@ -76,7 +76,7 @@ def measure(
     *,
     has_gpu: bool,
     threads: int,
-    show: bool,
+    progress: Progress | None = None,
 ) -> Measured:
     """Label the sample.
 
@@ -86,7 +86,7 @@ def measure(
         meta: What parts carry in their metadata.
         has_gpu: Whether an actor gets one.
         threads: Threads of torch on a CPU.
-        show: Whether to tell on stderr how far it is.
+        progress: What shows how far it is; None: nobody looks, as on another node.
 
     Raises: WorkError if the device is broken.
     """
@@ -95,14 +95,14 @@ def measure(
     if device == "cpu":
         torch.set_num_threads(threads)
     try:
-        with Progress("estimate", show) as progress:
+        with progress or Progress("estimate", show=False) as progress:
             progress.waits("loading the models")
             began = time.perf_counter()
             labeler = task.load(device).labeler
             load_s = time.perf_counter() - began
             assert isinstance(labeler, Labeler), "whose parts a clock can be put on"
             progress.plan(len(rows))
-            progress.start()
+            progress.waits("warming up")
             run = _Run(task, labeler, meta, clock_of(device), progress)
             for start in range(0, len(rows), task.config.actors.in_flight):
                 run.block(rows[start : start + task.config.actors.in_flight])
@@ -176,7 +176,7 @@ class _Run:
             began_s = time.perf_counter()
             self._label(arrays)
             self.warm_s = time.perf_counter() - began_s
-            self.progress.began = time.monotonic()  # so that its pace is the warm one
+            self.progress.start()  # so that its pace is the warm one
         watch = Watch(self.clock, arrays)
         began = self.clock()
         with watch.on(self.labeler):
