@@ -13,16 +13,25 @@ from zsplg_ray.cluster.loopback import loopback_only
 from zsplg_ray.shapes.scenes import write_voc
 
 
-def start_ray() -> None:
-    """Four logical CPUs, whatever the machine has."""
-    with loopback_only():
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-        )
+def start_ray(times: int = 3) -> None:
+    """Four logical CPUs, whatever the machine has.
+
+    Ray gives a node 30 s to start, which cannot be changed: a busy machine gets another try.
+    """
+    try:
+        with loopback_only():
+            ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                object_store_memory=200 * 2**20,
+                log_to_driver=False,
+            )
+    except Exception as e:
+        if times == 1 or "timed out during startup" not in str(e):
+            raise
+        ray.shutdown()
+        start_ray(times - 1)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,11 @@ def ray_new():
 @pytest.fixture(scope="session")
 def mlflow_store(tmp_path_factory):
     """The address of a database for MLflow; made once, for that takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    MlflowClient(uri).search_experiments()  # makes it, lest a test's own patience be spent on that
+    return uri
 
 
 @pytest.fixture(scope="session")
