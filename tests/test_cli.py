@@ -217,7 +217,7 @@ def test_the_command_line_alone_loads_nothing_heavy():
         (WorkError("out of patience"), 1, "error: out of patience"),
         (OSError(28, "No space left on device"), 1, "error: [Errno 28] No space left on device"),
         (ValueError("a must be b, got c;\nd"), 2, "error: a must be b, got c; d"),
-        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command starts anew"),
     ],
 )
 def test_exit_codes_of_work_that_fails(monkeypatch, capsys, raised, code, line):
@@ -238,8 +238,26 @@ def test_sigterm_ends_work_as_ctrl_c_does(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setitem(cli.VERBS, "shapes", (config.ShapesConfig, work, ""))
     assert cli.main(["shapes", "--out", "o"]) == 130
-    assert "interrupted; what is finished is kept" in capsys.readouterr().err
+    assert "interrupted; the same command starts anew" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["doctor"], "interrupted; nothing was written\n"),
+        (["evaluate", "run", "--truth", "t"], "interrupted; nothing was written\n"),
+        (["report", "run"], "interrupted; nothing was written\n"),
+        (LABEL, "interrupted; what is finished is kept, the same command goes on from there\n"),
+    ],
+)
+def test_who_interrupts_a_verb_is_told_what_it_leaves(monkeypatch, capsys, argv, line):
+    def work(given: object) -> int:
+        raise KeyboardInterrupt
+
+    cls = cli.VERBS[argv[0]][0]
+    monkeypatch.setitem(cli.VERBS, argv[0], (cls, work, ""))
+    assert cli.main(argv) == 130 and capsys.readouterr().err == line
 
 
 def test_a_handler_of_sigterm_outlives_what_sets_its_own():
