@@ -4,6 +4,7 @@ Weights are random in every parameter: the zeros that biases and positions start
 what is left out.
 """
 
+import copy
 from functools import partial
 
 import pytest
@@ -230,7 +231,12 @@ def test_full_grid_of_vit_b():
     vit = two_blocks_of_vit_b(1024)
     image = random_image(vit)
     expected = official(vit, image)
-    assert relative(ImageEncoder(vit)(image), expected) < 1e-6
+    ours = ImageEncoder(vit)(image)
+    # Each rounds in an order of its own, and by processor and threads the two lie up to 1.2e-6
+    # apart; what counts is how far ours is from float64 (the official one is off by 7e-7).
+    exact = official(copy.deepcopy(vit).double(), image.double())
+    assert relative(ours.double(), exact) < 1e-6
+    assert relative(ours, expected) < 2e-6
     assert relative(ImageEncoder(vit, "bfloat16")(image), expected) < 0.03
 
 
